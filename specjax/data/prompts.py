@@ -1,0 +1,159 @@
+"""Prompt sets by name: held-out library code, local files, tensorflow-datasets."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from specjax.data.prompt_files import QUESTION_FILE, Prompt, read_prompts
+from specjax.data.stdlib_prompts import STDLIB_PROMPTS, stdlib_prompts, stdlib_training_prompts
+
+__all__ = [
+    "LOCAL_SETS",
+    "STDLIB_PROMPTS",
+    "TFDS_SETS",
+    "Prompt",
+    "load_prompts",
+    "prompt_set_names",
+    "stdlib_training_prompts",
+]
+
+DEFAULT_TRAINING_PROMPTS = 200
+
+# Name -> the folders that may hold it under data_dir, each with a question.jsonl.
+LOCAL_SETS: dict[str, tuple[str, ...]] = {
+    "mt_bench": ("mt_bench", "eagle/mt_bench"),
+    "humaneval": ("humaneval", "eagle/humaneval"),
+    "gsm8k": ("gsm8k", "eagle/gsm8k"),
+    "alpaca": ("alpaca", "eagle/alpaca"),
+    "sum": ("sum", "eagle/sum", "cnn_dm"),
+    "cnn_dm": ("cnn_dm", "sum", "eagle/sum"),
+    "qa": ("qa", "eagle/qa"),
+    "spec_bench": ("spec_bench",),
+}
+
+
+@dataclass(frozen=True)
+class _TfdsSet:
+    module: str  # imported by name: the registry of 4.9.10 does not find it otherwise
+    category: str
+    turn: Callable[[dict[str, str]], str]
+    reference: str
+
+
+TFDS_SETS: dict[str, _TfdsSet] = {
+    "gsm8k": _TfdsSet(
+        module="tensorflow_datasets.text.gsm8k.gsm8k",
+        category="math",
+        turn=lambda row: row["question"],
+        reference="answer",
+    ),
+    "cnn_dailymail": _TfdsSet(
+        module="tensorflow_datasets.summarization.cnn_dailymail",
+        category="summarization",
+        turn=lambda row: "Summarize: " + row["article"],
+        reference="highlights",
+    ),
+}
+
+
+def prompt_set_names() -> tuple[str, ...]:
+    """Every name that `load_prompts` knows, besides paths."""
+    return ("stdlib", "stdlib-train", *LOCAL_SETS, *(f"tfds:{name}" for name in TFDS_SETS))
+
+
+def load_prompts(
+    name: str | Path, limit: int | None = None, data_dir: str | Path | None = None
+) -> list[Prompt]:
+    """The first `limit` prompts (None: all) of a set.
+
+    `name` is one of
+    - "stdlib": code of the held-out modules of the running Python (`STDLIB_PROMPTS`);
+    - "stdlib-train": code of its other modules (None: 200 of them);
+    - "mt_bench", "humaneval", "gsm8k", "alpaca", "sum" or "cnn_dm", "qa", "spec_bench": folders
+      with a question.jsonl under `data_dir`, or under its folder `eagle`;
+    - "tfds:gsm8k", "tfds:cnn_dailymail": the test split from tensorflow-datasets, `data_dir` being
+      its folder (None: its default), prepared there as array_record files if it is not yet;
+    - a path to a .jsonl file, or to a folder with a question.jsonl.
+
+    Raises ValueError for an unknown name or a bad limit, FileNotFoundError for a missing file or
+    data_dir, and `read_prompts`' errors for bad files.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit: {limit}, at least 1 or None expected")
+    name = str(name)
+    if name == "stdlib":
+        return stdlib_prompts()[:limit]
+    if name == "stdlib-train":
+        return stdlib_training_prompts(limit or DEFAULT_TRAINING_PROMPTS)
+    if name.startswith("tfds:"):
+        return _tfds_prompts(name.removeprefix("tfds:"), limit, data_dir)
+    if name in LOCAL_SETS:
+        return read_prompts(_local_set(name, data_dir), limit)
+    if Path(name).exists() or Path(name).suffix or len(Path(name).parts) > 1:
+        return read_prompts(name, limit)
+    raise _unknown(name)
+
+
+def _local_set(name: str, data_dir: str | Path | None) -> Path:
+    if data_dir is None:
+        raise ValueError(f"data_dir: prompt set {name!r} needs the folder that holds its files")
+    if not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"data_dir: {data_dir}: no such folder")
+    files = [Path(data_dir) / folder / QUESTION_FILE for folder in LOCAL_SETS[name]]
+    for file in files:
+        if file.is_file():
+            return file
+    raise FileNotFoundError(f"prompt set {name!r}: none of {', '.join(map(str, files))} exists")
+
+
+def _tfds_prompts(name: str, limit: int | None, data_dir: str | Path | None) -> list[Prompt]:
+    if name not in TFDS_SETS:
+        raise _unknown(f"tfds:{name}")
+    source = TFDS_SETS[name]
+    rows = _tfds_rows(name, source, data_dir)
+    prompts = []
+    for index in range(min(len(rows), limit or len(rows))):
+        # Text features come back as bytes where TensorFlow is not there to wrap them.
+        row = {key: _text(value) for key, value in rows[index].items()}
+        prompts.append(Prompt(index, source.category, (source.turn(row),), row[source.reference]))
+    if not prompts:
+        raise ValueError(f"tfds:{name}: its test split holds no prompts")
+    return prompts
+
+
+def _tfds_rows(name: str, source: _TfdsSet, data_dir: str | Path | None) -> Any:
+    """The test split as a random-access source."""
+    try:
+        tfds = importlib.import_module("tensorflow_datasets")
+        importlib.import_module(source.module)
+    except ImportError as error:
+        raise ImportError(
+            f"tfds:{name}: tensorflow-datasets with importlib_resources needed ({error})"
+        ) from error
+    builder = tfds.builder(name, data_dir=None if data_dir is None else str(data_dir))
+    if not builder.is_prepared():
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except Exception as error:
+            raise FileNotFoundError(
+                f"tfds:{name}: not in {builder.data_dir}, and preparing it there failed: {error}"
+            ) from error
+    try:
+        return builder.as_data_source(split="test")
+    except Exception as error:
+        raise ValueError(
+            f"tfds:{name}: {builder.data_dir} cannot be read without TensorFlow; array_record files"
+            f" expected, made by download_and_prepare(file_format='array_record') ({error})"
+        ) from error
+
+
+def _text(value: Any) -> str:
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+def _unknown(name: str) -> ValueError:
+    return ValueError(
+        f"{name!r} is no prompt set: {', '.join(prompt_set_names())}, or the path of a .jsonl file"
+    )

@@ -1,0 +1,259 @@
+"""One round of speculative decoding as a pure function, and the two drivers that run it.
+
+    draft -> one target forward over the tree -> verify -> truncate -> commit
+
+Plain decoding is the same round with a tree of one row, so every method is timed and tested on the
+same code. Between rounds each row keeps this invariant: the target's cache holds all committed
+tokens but the newest one, the root, which the next round verifies as row 0 of its tree.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.cache import KVCache, causal_cache_mask, compact, empty_cache, tree_cache_mask
+from specjax.drafters.base import Committed, Context, Drafter
+from specjax.models.config import ModelConfig
+from specjax.models.transformer import forward, logits_of
+from specjax.sampling import Sampling, draw
+from specjax.trees import DraftTree, visible_from_parents
+from specjax.verification.base import Rule
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """Everything a round reads and writes; donated from round to round."""
+
+    cache: KVCache  # target keys and values; lengths = committed tokens - 1
+    drafter: Any  # the drafter's own state
+    tokens_BxS: jax.Array  # int32 committed tokens, prompt first; junk past lengths
+    lengths_B: jax.Array  # int32 committed tokens, root included
+    prompts_B: jax.Array  # int32 prompt lengths
+    limits_B: jax.Array  # int32 most new tokens a row may have
+    done_B: jax.Array  # bool; a done row emits nothing more
+    emitted_BxR: jax.Array  # int32 tokens emitted by each round
+    rounds_B: jax.Array  # int32 rounds in which the row was live
+    keys_B: jax.Array  # one random key per request
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """The static half of decoding: one compilation per value of it and per array shape."""
+
+    config: ModelConfig
+    drafter: Drafter
+    rule: Rule
+    sampling: Sampling = Sampling()
+    stop_tokens: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        self.rule.check(self.sampling, self.drafter)
+
+    @property
+    def scratch(self) -> int:
+        """Slots past the last committed token that a round may write."""
+        return max(self.drafter.nodes, self.drafter.depth + 1, self.drafter.scratch)
+
+
+# ---- the parts of a round ------------------------------------------------------------------------
+
+
+def draft(engine: Engine, params, state: DecodeState) -> tuple[DraftTree, Any]:
+    """The drafter's tree and its state after drafting."""
+    context = Context(state.tokens_BxS, state.lengths_B)
+    keys_B = jax.vmap(lambda k, r: jax.random.fold_in(jax.random.fold_in(k, r), 1))(
+        state.keys_B, state.rounds_B
+    )
+    with jax.named_scope("draft"):
+        return engine.drafter.draft(
+            params["drafter"], params["target"], state.drafter, context, keys_B
+        )
+
+
+def score(engine: Engine, params, cache: KVCache, tree: DraftTree):
+    """The target's forward over the tree's rows: (logits_BxTxV, taps_BxTxM or None, cache)."""
+    topology = engine.drafter.topology
+    if topology is not None:
+        visible = topology.visible_TxT
+    else:
+        visible = jax.vmap(lambda p: visible_from_parents(p, engine.drafter.depth))(tree.parent_T)
+    with jax.named_scope("verify"):
+        out = forward(
+            params["target"],
+            engine.config,
+            tree.tokens_T,
+            cache.lengths_B[:, None] + tree.depth_T,
+            tree_cache_mask(cache.lengths_B, visible, cache.slots),
+            cache,
+            engine.drafter.taps,
+        )
+        return logits_of(params["target"], out.hidden_BxTxD), out.taps_BxTxM, out.cache
+
+
+def truncate(engine: Engine, tokens_BxA, count_B, remaining_B):
+    """Cuts at the first stop token (kept) and at the length limit; returns (count_B, done_B)."""
+    A = tokens_BxA.shape[1]
+    place = jnp.arange(A)
+    emitted = place < count_B[:, None]
+    stops = jnp.zeros_like(emitted)
+    for token in engine.stop_tokens:
+        stops |= tokens_BxA == token
+    first_stop_B = jnp.min(jnp.where(stops & emitted, place, A), axis=1)
+    count_B = jnp.minimum(jnp.minimum(count_B, first_stop_B + 1), remaining_B)
+    return count_B, (first_stop_B < count_B) | (count_B >= remaining_B)
+
+
+def commit(engine: Engine, state: DecodeState, cache, drafter_state, params, taps, out):
+    """Writes the accepted rows into cache, token buffer and drafter state."""
+    A = engine.drafter.depth + 1
+    count_B, done_B = truncate(
+        engine, out.tokens_A, out.count, state.limits_B - (state.lengths_B - state.prompts_B)
+    )
+    count_B = jnp.where(state.done_B, 0, count_B)
+    B = count_B.shape[0]
+    # Committed rows by place: the root, then the accepted nodes. -1 (nothing) stays where it is.
+    places = jnp.arange(1, A, dtype=jnp.int32)
+    path_BxD = jnp.where(out.path_D >= 0, out.path_D, places)
+    rows_BxA = jnp.concatenate([jnp.zeros((B, 1), jnp.int32), path_BxD], axis=1)
+    with jax.named_scope("commit"):
+        topology = engine.drafter.topology
+        if topology is None or not topology.only_last_moves:
+            cache = compact(cache, rows_BxA[:, 1:], 1, count_B)
+        elif topology.nodes == topology.max_depth + 1:  # a chain: everything is in place
+            cache = cache.replace(lengths_B=cache.lengths_B + count_B)
+        else:
+            last_B = jnp.maximum(count_B - 1, 0)
+            node_B = jnp.take_along_axis(rows_BxA, last_B[:, None], axis=1)
+            cache = compact(cache, node_B, last_B, count_B)
+        taps_BxAxM = None
+        if taps is not None:
+            taps_BxAxM = jnp.take_along_axis(taps, rows_BxA[..., None], axis=1)
+        committed = Committed(out.tokens_A, taps_BxAxM, count_B)
+        drafter_state = engine.drafter.absorb(params["drafter"], drafter_state, committed)
+        write = jax.vmap(lambda row, new, n: jax.lax.dynamic_update_slice(row, new, (n,)))
+        live_B = ~state.done_B
+        return state.replace(
+            cache=cache,
+            drafter=drafter_state,
+            tokens_BxS=write(state.tokens_BxS, out.tokens_A, state.lengths_B),
+            lengths_B=state.lengths_B + count_B,
+            done_B=state.done_B | done_B,
+            emitted_BxR=write(state.emitted_BxR, count_B[:, None], state.rounds_B),
+            rounds_B=state.rounds_B + live_B,
+        )
+
+
+def verify(engine: Engine, state: DecodeState, tree: DraftTree, logits_BxTxV):
+    """The rule, written for one sequence, mapped over the batch."""
+
+    def one(key, rounds, tree, logits_TxV):
+        key = jax.random.fold_in(jax.random.fold_in(key, rounds), 0)
+        row = lambda node: logits_TxV[node]  # noqa: E731
+        return engine.rule.verify(key, tree, row, engine.drafter.depth, engine.sampling)
+
+    with jax.named_scope("accept"):
+        return jax.vmap(one)(state.keys_B, state.rounds_B, tree, logits_BxTxV)
+
+
+def round(engine: Engine, params, state: DecodeState) -> DecodeState:
+    """One round. `params` is {"target": ..., "drafter": ...}; rows that are done do not change."""
+    tree, drafter_state = draft(engine, params, state)
+    logits, taps, cache = score(engine, params, state.cache, tree)
+    out = verify(engine, state, tree, logits)
+    return commit(engine, state, cache, drafter_state, params, taps, out)
+
+
+def prefill(engine: Engine, params, tokens_BxP, prompts_B, limits_B, keys_B, slots, rounds):
+    """Runs the padded prompts, draws the first new token and fills the drafter's state.
+
+    Args:
+      tokens_BxP: prompts, padded on the right to a bucket.
+      prompts_B: their lengths.
+      limits_B: most new tokens per row (>= 1).
+      slots: S of every cache, static.
+      rounds: R, the most rounds that will be run, static.
+    """
+    B, P = tokens_BxP.shape
+    target = params["target"]
+    dtype = target["embed"].dtype
+    stacked = not isinstance(target["layers"], (list, tuple))
+    cache = empty_cache(engine.config, B, slots, dtype, stacked=stacked)
+    mask = causal_cache_mask(cache.lengths_B, P, slots)
+    positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
+    taps = engine.drafter.taps
+    with jax.named_scope("prefill"):
+        out = forward(target, engine.config, tokens_BxP, positions, mask, cache, taps)
+    last = jnp.take_along_axis(out.hidden_BxTxD, (prompts_B - 1)[:, None, None], axis=1)
+    logits_BxV = logits_of(target, last)[:, 0]
+    # Rounds count from 1 here, so prefill's draw owns index 0 of the request's noise.
+    first_keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, 0), 0))(keys_B)
+    first_B = jax.vmap(lambda k, row: draw(k, row, engine.sampling))(first_keys, logits_BxV)
+    tokens_BxS = jnp.zeros((B, slots), jnp.int32).at[:, :P].set(tokens_BxP)
+    tokens_BxS = jax.vmap(lambda row, n, t: row.at[n].set(t))(tokens_BxS, prompts_B, first_B)
+    following = tokens_BxS[:, 1 : P + 1]  # row p's next token
+    drafter_state = engine.drafter.prefill(
+        params["drafter"],
+        target,
+        engine.drafter.init_state(B, slots, dtype),
+        Committed(following, out.taps_BxTxM, prompts_B),
+    )
+    ones = jnp.ones(B, jnp.int32)
+    _, done_B = truncate(engine, first_B[:, None], ones, limits_B)
+    return DecodeState(
+        cache=out.cache.replace(lengths_B=prompts_B),
+        drafter=drafter_state,
+        tokens_BxS=tokens_BxS,
+        lengths_B=prompts_B + 1,
+        prompts_B=prompts_B,
+        limits_B=limits_B,
+        done_B=done_B,
+        emitted_BxR=jnp.zeros((B, rounds + 1), jnp.int32),
+        rounds_B=ones * 0 + 1,
+        keys_B=keys_B,
+    )
+
+
+# ---- the two drivers -----------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def jit_round(engine: Engine, params, state: DecodeState) -> DecodeState:
+    """`round`, compiled, the state donated."""
+    return round(engine, params, state)
+
+
+jit_prefill = functools.partial(jax.jit, static_argnums=(0, 6, 7))(prefill)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _loop(engine: Engine, params, state: DecodeState) -> DecodeState:
+    return jax.lax.while_loop(
+        lambda s: ~jnp.all(s.done_B), lambda s: round(engine, params, s), state
+    )
+
+
+def run_device(engine: Engine, params, state: DecodeState) -> DecodeState:
+    """Runs to the end in one `while_loop` on the device."""
+    return _loop(engine, params, state)
+
+
+def run_host(engine: Engine, params, state: DecodeState, on_round=None) -> DecodeState:
+    """Runs to the end from a host loop.
+
+    `done` is read one round late, so the device always has a round queued; the surplus round at
+    the end changes nothing. `on_round(state)`, if given, sees the state after every round (and
+    must copy what it keeps: the next round consumes the arrays).
+    """
+    done = jnp.all(state.done_B)
+    while True:
+        if on_round is not None:
+            on_round(state)
+        state = jit_round(engine, params, state)
+        if bool(np.asarray(done)):
+            return state
+        done = jnp.all(state.done_B)

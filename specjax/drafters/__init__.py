@@ -1,0 +1,15 @@
+"""Drafters by name. A new drafter is one file here and one entry in `DRAFTERS`."""
+
+from specjax.drafters.base import Committed, Context, Drafter, Vanilla
+from specjax.drafters.eagle3 import Eagle3
+from specjax.drafters.fasteagle import FastEagle
+
+DRAFTERS: dict[str, type[Drafter]] = {d.name: d for d in (FastEagle, Eagle3)}
+
+
+def drafter_names() -> tuple[str, ...]:
+    """Names that `init_drafter` knows."""
+    return tuple(DRAFTERS)
+
+
+__all__ = ["DRAFTERS", "Committed", "Context", "Drafter", "Vanilla", "drafter_names"]

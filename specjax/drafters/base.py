@@ -1,0 +1,118 @@
+"""The Drafter protocol: five pure methods over explicit parameters and state.
+
+A drafter is a frozen dataclass: its fields are its configuration, so it is hashable and can be a
+static argument of a jitted round. To add one, write a file with a subclass and list it in
+`drafters/__init__.py`; nothing else changes.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+
+from specjax.models.config import ModelConfig
+from specjax.trees import DraftTree, Topology
+
+
+@flax.struct.dataclass
+class Committed:
+    """Rows that the target has just committed, oldest first, and the token that follows each."""
+
+    tokens_BxA: jax.Array  # int32: row j's next token (the last valid one is the new root)
+    taps_BxAxM: jax.Array | None  # the target's tapped features at the row, if asked for
+    counts_B: jax.Array  # int32 valid rows; the rest is padding
+
+
+@flax.struct.dataclass
+class Context:
+    """What every drafter may look at: all committed tokens, the root being the last."""
+
+    tokens_BxS: jax.Array  # int32
+    lengths_B: jax.Array  # int32 committed tokens, root included
+
+    def root_B(self):
+        """The newest committed token of each row."""
+        return jax.vmap(lambda tokens, n: tokens[n - 1])(self.tokens_BxS, self.lengths_B)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafter:
+    """Base class; `target` is the geometry that the drafter was made for."""
+
+    name: ClassVar[str] = ""
+    default_rule: ClassVar[str] = "match"
+    trained: ClassVar[bool] = False  # whether it has parameters to train
+
+    target: ModelConfig
+
+    @property
+    def nodes(self) -> int:
+        """T: rows the target verifies each round, root included."""
+        raise NotImplementedError
+
+    @property
+    def depth(self) -> int:
+        """Most draft tokens one round can accept."""
+        raise NotImplementedError
+
+    @property
+    def topology(self) -> Topology | None:
+        """The static tree, or None when the tree is built on the device each round."""
+        return None
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Target layers whose inputs it wants, low to high."""
+        return ()
+
+    @property
+    def scratch(self) -> int:
+        """Slots past the committed ones that a round may write in the drafter's own cache."""
+        return self.depth + 1
+
+    def init(self, key, target_params) -> dict[str, Any]:
+        """Fresh parameters."""
+        return {}
+
+    def init_state(self, batch: int, slots: int, dtype) -> Any:
+        """State before prefill."""
+        return ()
+
+    def prefill(self, params, target_params, state, committed: Committed) -> Any:
+        """Absorbs the prompt: A = padded prompt length, counts_B the prompts' lengths."""
+        return state
+
+    def draft(self, params, target_params, state, context: Context, key) -> tuple[DraftTree, Any]:
+        """One batched draft and the state after it."""
+        raise NotImplementedError
+
+    def absorb(self, params, state, committed: Committed) -> Any:
+        """Takes in what verification committed (A = depth + 1 rows)."""
+        return state
+
+    def with_budget(self, **changes) -> "Drafter":
+        """The same drafter (same parameters) with another tree."""
+        return dataclasses.replace(self, **changes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Vanilla(Drafter):
+    """No drafter: the tree is the root alone, so a round is one step of plain decoding."""
+
+    name: ClassVar[str] = "vanilla"
+
+    @property
+    def nodes(self) -> int:
+        return 1
+
+    @property
+    def depth(self) -> int:
+        return 0
+
+    @property
+    def topology(self) -> Topology:
+        return Topology((-1,))
+
+    def draft(self, params, target_params, state, context, key):
+        return self.topology.draft(context.root_B()[:, None]), state

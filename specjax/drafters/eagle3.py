@@ -1,0 +1,232 @@
+"""EAGLE-3: one layer run again and again on its own output, on a dynamic tree or a chain.
+
+Source: arXiv 2503.01840 (EAGLE-3), 2406.16858 (EAGLE-2's dynamic tree) and their released code as
+summarised in the project's reference. One 2D-wide layer, its own head over a draft vocabulary, the
+layer's output before the final norm fed back as the next step's features. Trained by unrolling the
+same recursion ("training-time test").
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from specjax.cache import tree_cache_mask
+from specjax.drafters.features import (
+    FeatureDrafter,
+    FeatureState,
+    MidLayer,
+    donor_layer,
+    fit_layer,
+    last_rows,
+)
+from specjax.models.transformer import head_VxD
+from specjax.sampling import argmax
+from specjax.trees import DraftTree, Topology, chain, children_from_parents
+
+
+@dataclasses.dataclass(frozen=True)
+class Eagle3(FeatureDrafter):
+    """Autoregressive feature drafter; top_k = 1 is a chain, else EAGLE-2's expand and rerank."""
+
+    name: ClassVar[str] = "eagle3"
+
+    steps: int = 7  # unrolled steps when training
+    top_k: int = 1  # K: frontier width, and children tried per frontier node
+    draft_depth: int = 0  # levels drafted; 0 = steps
+    total_nodes: int = 0  # T, root included; 0 = depth + 1 for a chain, 4 * depth for a tree
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.steps < 1 or self.top_k < 1 or self.draft_depth < 0:
+            raise ValueError("steps, top_k: at least 1; draft_depth: at least 0")
+        pool = self.top_k + (self.depth - 1) * self.top_k**2
+        if not self.depth < self.nodes <= pool + 1:
+            raise ValueError(
+                f"total_nodes: {self.nodes} must be in [{self.depth + 1}, {pool + 1}] for depth "
+                f"{self.depth} and top_k {self.top_k}"
+            )
+
+    @property
+    def depth(self) -> int:
+        return self.draft_depth or self.steps
+
+    @property
+    def nodes(self) -> int:
+        if self.total_nodes:
+            return self.total_nodes
+        return self.depth + 1 if self.top_k == 1 else 4 * self.depth
+
+    @property
+    def topology(self) -> Topology | None:
+        return chain(self.depth) if self.top_k == 1 else None
+
+    @property
+    def scratch(self) -> int:
+        return self.depth + 1 + (self.depth - 1) * self.top_k
+
+    @property
+    def cache_layers(self) -> int:
+        return 1
+
+    def init(self, key, target_params):
+        keys = jax.random.split(key, 2)
+        D = self.target.hidden_size
+        params = self.init_common(keys[0], target_params)
+        x, mask = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
+        rope = self.rope(jnp.zeros((1, 1), jnp.int32))
+        donor = donor_layer(target_params, self.target.num_layers - 1)
+        params["midlayer"] = fit_layer(keys[1], MidLayer(self.block), (x, x, rope, mask), donor)
+        params["head"] = self.init_head(target_params, self.vocab_ids(params))
+        return params
+
+    def init_head(self, target_params, vocab_ids):
+        """The drafter's own head starts from the target's rows of its vocabulary."""
+        head = head_VxD(target_params).astype(jnp.float32)
+        return head if vocab_ids is None else head[vocab_ids]
+
+    def head(self, params, target_params):
+        return params["head"]
+
+    def step(self, params, target_params, g, tokens, positions, mask, kv, start_B=None, chain=None):
+        """One pass of the layer over rows (g, embedding of tokens)."""
+        e = jax.lax.stop_gradient(target_params["embed"])[tokens].astype(g.dtype)
+        middle = MidLayer(self.block)
+        return middle.apply(
+            {"params": params["midlayer"]}, g, e, self.rope(positions), mask, kv, start_B, chain
+        )
+
+    def forward_rows(self, params, target_params, taps, tokens, positions, mask, cache):
+        g, kv = self.fuse(params, taps), (cache.k[0], cache.v[0])
+        x, kv = self.step(params, target_params, g, tokens, positions, mask, kv, cache.lengths_B)
+        return [x], cache.replace(k=(kv[0],), v=(kv[1],))
+
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
+        """Training-time test.
+
+        Step i feeds the previous step's output with ground-truth x_{t+1+i} at RoPE position t+i; it
+        attends to step-0 keys of rows <= t and to its own row's keys of steps 1..i.
+        """
+        B, T = tokens_BxT.shape
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        mask = jnp.tril(jnp.ones((1, T, T), bool))
+        x = self.fuse(params, taps_BxTxM)
+        x, first = self.step(params, target_params, x, tokens_BxT, positions, mask, None)
+        hidden, own = [x], ()
+        for i in range(1, self.steps):
+            tokens = jnp.pad(tokens_BxT[:, i:], ((0, 0), (0, i)))  # rows past the end: masked out
+            x, kv = self.step(
+                params, target_params, x, tokens, positions + i, mask, first, chain=own
+            )
+            own = (*own, kv)
+            hidden.append(x)
+        return hidden
+
+    # ---- drafting ----------------------------------------------------------------------------
+
+    def draft(self, params, target_params, state: FeatureState, context, key):
+        (x,), cache, _ = self.extend(params, target_params, state.cache, state.pending)
+        x_BxD = last_rows(x, state.pending.counts_B)
+        root_B = context.root_B()
+        if self.top_k == 1:
+            tokens_BxD, cache = self._draft_chain(params, target_params, cache, x_BxD)
+            tree = self.topology.draft(jnp.concatenate([root_B[:, None], tokens_BxD], axis=1))
+        else:
+            tree, cache = self._draft_tree(params, target_params, cache, x_BxD, root_B)
+        return tree, state.replace(cache=cache)
+
+    def _frontier(self, params, target_params, cache, x_BxKxD, tokens_BxK, level, visible_BxKxR):
+        """Runs K tree nodes of one level; they are scratch rows behind the committed ones."""
+        B, K = tokens_BxK.shape
+        R = visible_BxKxR.shape[-1]
+        offset = (level - 1) * K
+        positions = jnp.broadcast_to(cache.lengths_B[:, None] + level - 1, (B, K))
+        # A square mask over all R scratch rows; this level's K rows of it.
+        square = jnp.zeros((B, R, R), bool).at[:, offset : offset + K].set(visible_BxKxR)
+        mask = tree_cache_mask(cache.lengths_B, square, cache.slots)[:, offset : offset + K]
+        kv = (cache.k[0], cache.v[0])
+        start_B = cache.lengths_B + offset
+        x, kv = self.step(params, target_params, x_BxKxD, tokens_BxK, positions, mask, kv, start_B)
+        return x, cache.replace(k=(kv[0],), v=(kv[1],))
+
+    def _draft_chain(self, params, target_params, cache, x_BxD):
+        B, R = x_BxD.shape[0], max(self.depth - 1, 1)
+        x, tokens = x_BxD[:, None], []
+        for level in range(1, self.depth + 1):
+            token_Bx1 = argmax(self.logits(params, target_params, x))
+            token_Bx1 = self.to_target_ids(params, token_Bx1)
+            tokens.append(token_Bx1)
+            if level < self.depth:
+                visible = jnp.broadcast_to(jnp.arange(R) < level, (B, 1, R))
+                with jax.named_scope(f"step_{level}"):
+                    x, cache = self._frontier(
+                        params, target_params, cache, x, token_Bx1, level, visible
+                    )
+        return jnp.concatenate(tokens, axis=1), cache
+
+    def _draft_tree(self, params, target_params, cache, x_BxD, root_B):
+        """EAGLE-2: expand the K best nodes of each level, then keep the best T - 1 of the pool.
+
+        Scores are cumulative log-probabilities at temperature 1. A child never outscores its
+        parent and ties go to the earlier node, so what is kept is closed under ancestors.
+        """
+        B, D = x_BxD.shape
+        K, R = self.top_k, (self.depth - 1) * self.top_k
+
+        def children(x):  # top K of each node: log-probabilities and target ids, B x nodes x K
+            logp = jax.nn.log_softmax(self.logits(params, target_params, x))
+            logp, ids = jax.lax.top_k(logp, K)
+            return logp, self.to_target_ids(params, ids)
+
+        logp, ids = children(x_BxD[:, None])
+        score_BxK, token_BxK = logp[:, 0], ids[:, 0]
+        frontier_BxK = jnp.broadcast_to(jnp.arange(K), (B, K))  # places in the pool
+        scores, tokens = [score_BxK], [token_BxK]
+        parents = [jnp.full((B, K), -1)]
+        x_BxKxD = jnp.broadcast_to(x_BxD[:, None], (B, K, D))
+        visible_BxKxR = jnp.zeros((B, K, R), bool)
+        size = K
+        for level in range(1, self.depth):
+            own = jnp.arange(R) == (level - 1) * K + jnp.arange(K)[:, None]
+            visible_BxKxR = visible_BxKxR | own
+            with jax.named_scope(f"level_{level}"):
+                x_BxKxD, cache = self._frontier(
+                    params, target_params, cache, x_BxKxD, token_BxK, level, visible_BxKxR
+                )
+                logp, ids = children(x_BxKxD)
+            total = (score_BxK[..., None] + logp).reshape(B, K * K)
+            ids = ids.reshape(B, K * K)
+            scores.append(total)
+            tokens.append(ids)
+            parents.append(jnp.repeat(frontier_BxK, K, axis=1))
+            if level + 1 < self.depth:
+                score_BxK, place = jax.lax.top_k(total, K)
+                token_BxK = jnp.take_along_axis(ids, place, axis=1)
+                frontier_BxK, came_from = size + place, place // K
+                x_BxKxD = jnp.take_along_axis(x_BxKxD, came_from[..., None], axis=1)
+                visible_BxKxR = jnp.take_along_axis(visible_BxKxR, came_from[..., None], axis=1)
+            size += K * K
+        score, token, parent = (jnp.concatenate(part, axis=1) for part in (scores, tokens, parents))
+        _, kept = jax.lax.top_k(score, self.nodes - 1)
+        kept = jnp.sort(kept, axis=1)  # creation order: parents before children
+        token = jnp.take_along_axis(token, kept, axis=1)
+        parent = jnp.take_along_axis(parent, kept, axis=1)
+        row_of_parent = argmax(kept[:, None, :] == parent[..., None]) + 1
+        parent = jnp.where(parent < 0, 0, row_of_parent)
+        return _dynamic_tree(root_B, token, parent.astype(jnp.int32), self.depth, K), cache
+
+
+def _dynamic_tree(root_B, token_BxM, parent_BxM, depth: int, width: int) -> DraftTree:
+    """A DraftTree from drafted rows 1.. in topological order."""
+    B, M = token_BxM.shape
+    tokens_BxT = jnp.concatenate([root_B[:, None], token_BxM], axis=1)
+    parent_BxT = jnp.concatenate([jnp.full((B, 1), -1, jnp.int32), parent_BxM], axis=1)
+    # Depth by walking up: after d steps a node of depth d stands at the root's parent.
+    depth_BxT, at = jnp.zeros((B, M + 1), jnp.int32), parent_BxT
+    for _ in range(depth):
+        depth_BxT = depth_BxT + (at >= 0)
+        at = jnp.where(at >= 0, jnp.take_along_axis(parent_BxT, jnp.maximum(at, 0), axis=1), -1)
+    child_BxTxC = jax.vmap(lambda p: children_from_parents(p, width))(parent_BxT)
+    valid_BxT = jnp.ones((B, M + 1), bool)
+    return DraftTree(tokens_BxT, parent_BxT, child_BxTxC, depth_BxT, valid_BxT)

@@ -1,0 +1,149 @@
+"""FastEagle: a cascade of N light decoder layers that drafts N tokens in one pass.
+
+Source: arXiv 2509.20416 (reference/equations as published: g = FC(low, mid, high);
+h_1 = L_1(FC(g, e)); h_i = L_i(h_{i-1}); q_i = softmax(head(norm(h_i)))). Layer i reads out the
+token i places after the root. Nothing a layer drafts is fed back, so the drafter never sees its
+own tokens: no tree mask, no rollback, and training sees exactly what decoding sees.
+
+Our choices where the paper is silent: RMSNorm on g and e before the entry; one readout norm shared
+by all depths, started from the target's final norm; full head by default.
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from specjax.drafters.features import (
+    FeatureDrafter,
+    FeatureState,
+    MidLayer,
+    donor_layer,
+    fit_layer,
+    last_rows,
+)
+from specjax.models.layers import RMSNorm
+from specjax.models.linear import linear
+from specjax.models.transformer import head_VxD, make_block
+from specjax.sampling import top_candidates
+from specjax.trees import Topology, backbone
+
+ENTRIES = ("fc2h", "wide_qkv")
+
+
+@dataclasses.dataclass(frozen=True)
+class FastEagle(FeatureDrafter):
+    """Single-pass cascade drafter on a backbone-expansion tree."""
+
+    name: ClassVar[str] = "fasteagle"
+
+    num_layers: int = 7  # N: trained depth
+    entry: str = "fc2h"  # "fc2h": FC over [norm(g), norm(e)]; "wide_qkv": EAGLE-3's 2D-wide layer
+    candidates: int = 1  # C: tokens per level
+    draft_depth: int = 0  # levels used when drafting; 0 = all N
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.entry not in ENTRIES:
+            raise ValueError(f"entry: {self.entry!r} is unknown; one of {ENTRIES}")
+        if self.num_layers < 1 or self.candidates < 1:
+            raise ValueError("num_layers and candidates: must be at least 1")
+        if not 0 <= self.draft_depth <= self.num_layers:
+            raise ValueError(
+                f"draft_depth: {self.draft_depth} must be in [0, num_layers={self.num_layers}]"
+            )
+
+    @property
+    def depth(self) -> int:
+        return self.draft_depth or self.num_layers
+
+    @property
+    def topology(self) -> Topology:
+        return backbone(self.depth, self.candidates)
+
+    @property
+    def nodes(self) -> int:
+        return self.depth * self.candidates + 1
+
+    @property
+    def cache_layers(self) -> int:
+        return self.depth
+
+    def init(self, key, target_params):
+        keys = jax.random.split(key, self.num_layers + 2)
+        D, L = self.target.hidden_size, self.target.num_layers
+        params = self.init_common(keys[0], target_params)
+        x, mask = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
+        rope = self.rope(jnp.zeros((1, 1), jnp.int32))
+        # Layer i starts as one of the target's last layers, the last of them at the deepest.
+        donors = [
+            donor_layer(target_params, max(0, L - self.num_layers + i))
+            for i in range(self.num_layers)
+        ]
+        block = make_block(self.block)
+        layers = [
+            fit_layer(k, block, (x, rope, mask), donor)
+            for k, donor in zip(keys[2:], donors, strict=True)
+        ]
+        if self.entry == "fc2h":
+            noise = jax.random.normal(keys[1], (2 * D, D)) * (2 * D) ** -0.5
+            params["entry"] = noise
+            params["g_norm"] = {"scale": jnp.ones(D)}
+            params["e_norm"] = {"scale": jnp.ones(D)}
+        else:
+            layers[0] = fit_layer(keys[2], MidLayer(self.block), (x, x, rope, mask), donors[0])
+        return params | {"layers": layers}
+
+    def head(self, params, target_params):
+        head = jax.lax.stop_gradient(head_VxD(target_params))
+        ids = self.vocab_ids(params)
+        return head if ids is None else head[ids]
+
+    def forward_rows(self, params, target_params, taps, tokens, positions, mask, cache):
+        norm = RMSNorm(self.target.rms_norm_eps)
+        g = self.fuse(params, taps)
+        e = jax.lax.stop_gradient(target_params["embed"])[tokens].astype(g.dtype)
+        rope = self.rope(positions)
+        start_B = None if cache is None else cache.lengths_B
+        hidden, ks, vs, block = [], [], [], make_block(self.block)
+        if self.entry == "fc2h":
+            g = norm.apply({"params": params["g_norm"]}, g)
+            e = norm.apply({"params": params["e_norm"]}, e)
+            x = linear(jnp.concatenate([g, e], axis=-1), params["entry"])
+        for i, layer in enumerate(params["layers"][: self.depth]):
+            kv = None if cache is None else (cache.k[i], cache.v[i])
+            with jax.named_scope(f"cascade_{i}"):
+                if i == 0 and self.entry == "wide_qkv":
+                    middle = MidLayer(self.block)
+                    x, kv = middle.apply({"params": layer}, g, e, rope, mask, kv, start_B)
+                else:
+                    x, kv = block.apply({"params": layer}, x, rope, mask, kv, start_B)
+            hidden.append(x)
+            ks.append(kv[0])
+            vs.append(kv[1])
+        if cache is not None:
+            cache = cache.replace(k=tuple(ks), v=tuple(vs))
+        return hidden, cache
+
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
+        T = tokens_BxT.shape[1]
+        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BxT.shape)
+        mask = jnp.tril(jnp.ones((1, T, T), bool))
+        hidden, _ = self.forward_rows(
+            params, target_params, taps_BxTxM, tokens_BxT, positions, mask, None
+        )
+        return hidden
+
+    def draft(self, params, target_params, state: FeatureState, context, key):
+        hidden, cache, _ = self.extend(params, target_params, state.cache, state.pending)
+        # All depths read out at once: one product with the head instead of N.
+        rows_BxNxD = jnp.stack([last_rows(h, state.pending.counts_B) for h in hidden], axis=1)
+        logits_BxNxW = self.logits(params, target_params, rows_BxNxD)
+        _, best_BxNxC = top_candidates(logits_BxNxW, self.candidates)
+        best_BxNxC = self.to_target_ids(params, best_BxNxC)
+        backbone_BxN, leaves = best_BxNxC[..., 0], best_BxNxC[..., 1:]
+        root_Bx1 = context.root_B()[:, None]
+        leaves = leaves.reshape(leaves.shape[0], -1)
+        tokens_BxT = jnp.concatenate([root_Bx1, backbone_BxN, leaves], axis=1)
+        return self.topology.draft(tokens_BxT), state.replace(cache=cache)

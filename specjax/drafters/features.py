@@ -1,0 +1,220 @@
+"""What FastEagle and EAGLE-3 share: target features in, a cache of committed rows, a readout.
+
+Row p of such a drafter holds (features of x_p, embedding of x_{p+1}) at RoPE position p. Only
+committed tokens with true features enter its cache. Verification leaves the newly committed rows
+pending; the next draft extends over all of them at once.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.cache import KVCache, causal_cache_mask, empty_cache
+from specjax.drafters.base import Committed, Drafter
+from specjax.models.config import ModelConfig
+from specjax.models.layers import MLP, Attention, RMSNorm
+from specjax.models.linear import linear, readout
+from specjax.models.rope import rope_tables
+
+
+@flax.struct.dataclass
+class FeatureState:
+    """Cache of committed rows plus the rows that the next draft will extend over."""
+
+    cache: KVCache
+    pending: Committed  # A = depth + 1
+
+
+class MidLayer(nn.Module):
+    """EAGLE-3's layer: attention reads [norm(e), norm(g)] (2D wide), the residual is g itself.
+
+    Source: arXiv 2503.01840 and its released code (fasteagle reference 2.1).
+    """
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, g_BxTxD, e_BxTxD, rope, mask, kv=None, start_B=None, chain=None):
+        c = self.config
+        e = RMSNorm(c.rms_norm_eps, name="input_norm")(e_BxTxD)
+        g = RMSNorm(c.rms_norm_eps, name="hidden_norm")(g_BxTxD)
+        attention = Attention(
+            c.num_heads, c.num_kv_heads, c.head_dim, g_BxTxD.shape[-1], c.rms_norm_eps,
+            c.qkv_bias, c.o_bias, c.qk_norm, name="attn",
+        )  # fmt: skip
+        y, kv = attention(jnp.concatenate([e, g], -1), rope, mask, kv, start_B, chain)
+        x = g_BxTxD + y
+        x = x + MLP(c.intermediate_size, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x))
+        return x, kv
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureDrafter(Drafter):
+    """Drafter over the target's tapped features, with layers of the target's family."""
+
+    trained = True
+
+    feature_layers: tuple[int, ...] = ()  # () = the target's low, mid and high taps
+    intermediate_size: int = 0  # 0 = the target's
+    num_heads: int = 0  # 0 = the target's
+    num_kv_heads: int = 0
+    draft_vocab_size: int = 0  # 0 = the whole vocabulary
+
+    def __post_init__(self):
+        L = self.target.num_layers
+        if any(not 0 <= layer < L for layer in self.feature_layers):
+            raise ValueError(f"feature_layers: {self.feature_layers} must lie in [0, {L})")
+        if not 0 <= self.draft_vocab_size <= self.target.vocab_size:
+            raise ValueError(
+                f"draft_vocab_size: {self.draft_vocab_size} must be in "
+                f"[0, {self.target.vocab_size}] (0 is the whole vocabulary)"
+            )
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self.feature_layers or self.target.feature_layers()
+
+    @property
+    def block(self) -> ModelConfig:
+        """Geometry of one drafter layer."""
+        return self.target.replace(
+            intermediate_size=self.intermediate_size or self.target.intermediate_size,
+            num_heads=self.num_heads or self.target.num_heads,
+            num_kv_heads=self.num_kv_heads or self.target.num_kv_heads,
+        )
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that keep keys and values."""
+        raise NotImplementedError
+
+    def forward_rows(self, params, target_params, taps, tokens, positions, mask, cache):
+        """Runs rows through the drafter's layers; returns (hidden per depth, cache)."""
+        raise NotImplementedError
+
+    # ---- state -------------------------------------------------------------------------------
+
+    def init_state(self, batch: int, slots: int, dtype) -> FeatureState:
+        A, M = self.depth + 1, len(self.taps) * self.target.hidden_size
+        pending = Committed(
+            jnp.zeros((batch, A), jnp.int32),
+            jnp.zeros((batch, A, M), dtype),
+            jnp.zeros(batch, jnp.int32),
+        )
+        return FeatureState(
+            empty_cache(self.block, batch, slots, dtype, self.cache_layers), pending
+        )
+
+    def prefill(self, params, target_params, state, committed: Committed) -> FeatureState:
+        B, P = committed.tokens_BxA.shape
+        _, cache, _ = self.extend(params, target_params, state.cache, committed)
+        # The prompt's last row stays pending: the first draft reads out there.
+        last_B = committed.counts_B - 1
+        pick = jax.vmap(lambda rows, i: jax.lax.dynamic_slice_in_dim(rows, i, 1))
+        pending = state.pending.replace(
+            tokens_BxA=state.pending.tokens_BxA.at[:, :1].set(pick(committed.tokens_BxA, last_B)),
+            taps_BxAxM=state.pending.taps_BxAxM.at[:, :1].set(pick(committed.taps_BxAxM, last_B)),
+            counts_B=jnp.ones(B, jnp.int32),
+        )
+        return FeatureState(cache.replace(lengths_B=last_B), pending)
+
+    def absorb(self, params, state, committed: Committed) -> FeatureState:
+        return state.replace(pending=committed)
+
+    def extend(self, params, target_params, cache: KVCache, rows: Committed):
+        """Runs newly committed rows; returns (hidden per depth, cache, positions of the rows)."""
+        A = rows.tokens_BxA.shape[1]
+        positions = cache.lengths_B[:, None] + jnp.arange(A, dtype=jnp.int32)
+        mask = causal_cache_mask(cache.lengths_B, A, cache.slots)
+        hidden, cache = self.forward_rows(
+            params, target_params, rows.taps_BxAxM, rows.tokens_BxA, positions, mask, cache
+        )
+        return hidden, cache.replace(lengths_B=cache.lengths_B + rows.counts_B), positions
+
+    # ---- shared pieces -----------------------------------------------------------------------
+
+    def fuse(self, params, taps_BxTxM):
+        """g = FC(low, mid, high)."""
+        return linear(taps_BxTxM, params["fc"])
+
+    def rope(self, positions_BxT):
+        """RoPE tables at the rows' positions."""
+        return rope_tables(self.block, positions_BxT)
+
+    def vocab_ids(self, params):
+        """int32[W] target ids of the draft vocabulary, or None for the whole vocabulary."""
+        return params["buffers"]["vocab_ids"] if self.draft_vocab_size else None
+
+    def to_target_ids(self, params, draft_ids):
+        """Draft vocabulary ids -> target ids."""
+        ids = self.vocab_ids(params)
+        return draft_ids if ids is None else ids[draft_ids]
+
+    def init_common(self, key, target_params) -> dict[str, Any]:
+        """fc and norm, and the draft vocabulary's ids (the lowest, until data says otherwise)."""
+        D, taps = self.target.hidden_size, len(self.taps)
+        # Start at the highest tap, the features closest to the next token; the rest is small.
+        noise = jax.random.normal(key, (taps * D, D)) * (0.1 / np.sqrt(taps * D))
+        identity = jnp.concatenate([jnp.zeros(((taps - 1) * D, D)), jnp.eye(D)])
+        params = {
+            "fc": identity + noise,
+            "norm": {"scale": target_params["final_norm"]["scale"].astype(jnp.float32)},
+        }
+        if self.draft_vocab_size:
+            params["buffers"] = {"vocab_ids": jnp.arange(self.draft_vocab_size, dtype=jnp.int32)}
+        return params
+
+    def normed(self, params, hidden):
+        """The readout norm."""
+        return RMSNorm(self.target.rms_norm_eps).apply({"params": params["norm"]}, hidden)
+
+    def head(self, params, target_params):
+        """Rows of the readout matrix, [W, D]."""
+        raise NotImplementedError
+
+    def logits(self, params, target_params, hidden_BxTxD):
+        """Draft logits over the draft vocabulary, BxTxW float32."""
+        return readout(self.normed(params, hidden_BxTxD), self.head(params, target_params))
+
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
+        """Training forward: a list of `depth` hidden states BxTxD.
+
+        Row t gets features g_t and tokens_BxT[:, t] = x_{t+1}; entry i-1 (layer or step i) drafts
+        x_{t+1+i} and its teacher is the target's distribution at position t+i.
+        """
+        raise NotImplementedError
+
+
+def last_rows(hidden_BxAxD, counts_B):
+    """The last valid row of each sequence: BxD."""
+    return jax.vmap(lambda rows, n: rows[n - 1])(hidden_BxAxD, counts_B)
+
+
+def fit_layer(key, block: nn.Module, example, donor):
+    """Fresh layer parameters, each replaced by the donor target layer's where the shapes agree."""
+    fresh = block.init(key, *example)["params"]
+
+    def choose(path, value):
+        node = donor
+        for part in path:
+            if not isinstance(node, dict) or part.key not in node:
+                return value
+            node = node[part.key]
+        if getattr(node, "shape", None) == value.shape:
+            return jnp.asarray(node, jnp.float32)
+        return value
+
+    return jax.tree_util.tree_map_with_path(choose, fresh)
+
+
+def donor_layer(target_params, index: int):
+    """One target layer's parameters, from a list or a stack."""
+    layers = target_params["layers"]
+    if isinstance(layers, (list, tuple)):
+        return layers[index]
+    return jax.tree.map(lambda w: w[index], layers)

@@ -1,0 +1,308 @@
+"""`generate` and the drafter constructors: convenience over the pure functions below them."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import decoding
+from specjax.drafters import DRAFTERS, Drafter, Vanilla
+from specjax.models.config import ModelConfig, RopeScaling
+from specjax.models.hf import Checkpoint, write_safetensors, write_text
+from specjax.models.target import Target
+from specjax.sampling import Sampling
+from specjax.training.sharding import path_of
+from specjax.verification import Rule, get_rule
+
+_BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
+_PER_BUCKET = 1024  # longer prompts and caches are padded to multiples of this
+
+
+def bucket(size: int) -> int:
+    """The padded length for `size` rows: a power of two up to 1024, then multiples of 1024."""
+    for length in _BUCKETS:
+        if size <= length:
+            return length
+    return -(-size // _PER_BUCKET) * _PER_BUCKET
+
+
+# ---- drafters --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TrainedDrafter:
+    """A drafter's static definition with its parameters, tied to one target."""
+
+    definition: Drafter
+    params: dict[str, Any]
+    fingerprint: str  # of the target it was made for
+
+    @property
+    def name(self) -> str:
+        return self.definition.name
+
+    @property
+    def num_params(self) -> int:
+        """Trainable parameters."""
+        weights = {k: v for k, v in self.params.items() if k != "buffers"}
+        return sum(w.size for w in jax.tree.leaves(weights))
+
+    def with_budget(self, **changes) -> "TrainedDrafter":
+        """The same parameters drafting another tree (depth, candidates, nodes)."""
+        definition = self.definition.with_budget(**changes)
+        return dataclasses.replace(self, definition=definition)
+
+    def save(self, folder) -> None:
+        """Writes config.json and model.safetensors, each whole or not at all."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        leaves = jax.tree_util.tree_leaves_with_path(self.params)
+        tensors = {path_of(k).replace("/", "."): np.asarray(v) for k, v in leaves}
+        write_safetensors(folder / "model.safetensors", tensors)
+        record = {
+            "format": "specjax",
+            "algorithm": self.name,
+            "target_fingerprint": self.fingerprint,
+            "drafter": dataclasses.asdict(self.definition),
+        }
+        write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def _definition(name: str, target: ModelConfig, config: dict) -> Drafter:
+    if name not in DRAFTERS:
+        raise ValueError(f"drafter: {name!r} is unknown; one of {tuple(DRAFTERS)}")
+    fields = {f.name for f in dataclasses.fields(DRAFTERS[name])} - {"target"}
+    unknown = sorted(set(config) - fields)
+    if unknown:
+        raise ValueError(f"drafter {name!r} has no field {unknown[0]!r}; it has {sorted(fields)}")
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+    return DRAFTERS[name](target, **config)
+
+
+def init_drafter(
+    name: str, target: Target, seed: int = 0, vocab_ids=None, **config
+) -> TrainedDrafter:
+    """A fresh drafter for a target, started from the target's weights where shapes allow.
+
+    Args:
+      name: one of `drafter_names()`.
+      target: the model it drafts for.
+      seed: of the random initial weights.
+      vocab_ids: target ids of the draft vocabulary, where `draft_vocab_size` asks for one
+        (default: the lowest ids).
+      **config: fields of the drafter's dataclass.
+
+    Raises:
+      ValueError: unknown name or field, or a value out of range (names the field).
+    """
+    definition = _definition(name, target.config, config)
+    params = definition.init(jax.random.key(seed), target.params)
+    if vocab_ids is not None:
+        ids = np.sort(np.asarray(vocab_ids, np.int32))
+        if ids.shape != (definition.draft_vocab_size,) or len(np.unique(ids)) != len(ids):
+            raise ValueError(
+                f"vocab_ids: {ids.shape} distinct ids do not fit draft_vocab_size "
+                f"{definition.draft_vocab_size}"
+            )
+        params = params | {"buffers": {"vocab_ids": jnp.asarray(ids)}}
+        if "head" in params:
+            params["head"] = definition.init_head(target.params, params["buffers"]["vocab_ids"])
+    return TrainedDrafter(definition, params, target.fingerprint)
+
+
+def _model_config(raw: dict) -> ModelConfig:
+    raw = raw | {
+        "rope_scaling": RopeScaling(**raw["rope_scaling"]),
+        "eos_token_ids": tuple(raw["eos_token_ids"]),
+    }
+    return ModelConfig(**raw)
+
+
+def load_drafter(folder, target: Target) -> TrainedDrafter:
+    """Reads a drafter that `save` wrote.
+
+    Raises:
+      FileNotFoundError: no such folder or file.
+      ValueError: damaged files, or a drafter made for another target.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: missing; a drafter folder has one")
+    try:
+        record = json.loads(path.read_text())
+        name, fields = record["algorithm"], dict(record["drafter"])
+        config = _model_config(fields.pop("target"))
+        fingerprint = record["target_fingerprint"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a drafter's config: {error!r}") from error
+    if fingerprint != target.fingerprint:
+        raise ValueError(
+            f"{folder}: made for another target (fingerprint {fingerprint}: "
+            f"{config.num_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}); "
+            f"{target.name} has fingerprint {target.fingerprint}"
+        )
+    definition = _definition(name, config, fields)
+    like = jax.eval_shape(lambda p: definition.init(jax.random.key(0), p), target.params)
+    checkpoint = Checkpoint(folder)
+
+    def read(keys, leaf):
+        array = checkpoint.read(path_of(keys).replace("/", "."), leaf.shape)
+        return jnp.asarray(array, leaf.dtype)
+
+    return TrainedDrafter(
+        definition, jax.tree_util.tree_map_with_path(read, like), target.fingerprint
+    )
+
+
+# ---- generate --------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` returns, one entry per prompt."""
+
+    tokens: list[list[int]]  # new tokens only, cut after the first stop token
+    texts: list[str]
+    accept_lengths: list[list[int]]  # prefill's 1, then tokens emitted by each round
+
+
+def encode_prompts(target: Target, prompts: Sequence) -> list[list[int]]:
+    """Token ids of each prompt: strings get the tokenizer's special tokens, ids pass through.
+
+    Raises:
+      ValueError: an empty prompt, or ids outside the vocabulary.
+    """
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        raise ValueError("prompts: a list of strings or of token-id lists is expected")
+    if not prompts:
+        raise ValueError("prompts: the list is empty")
+    encoded = []
+    for i, prompt in enumerate(prompts):
+        if isinstance(prompt, str):
+            if target.tokenizer is None:
+                raise ValueError(f"prompts[{i}]: {target.name} has no tokenizer; give token ids")
+            if not prompt:
+                raise ValueError(f"prompts[{i}]: empty")
+            ids = list(target.tokenizer(prompt)["input_ids"])
+        else:
+            ids = [int(t) for t in prompt]
+        if not ids:
+            raise ValueError(f"prompts[{i}]: empty")
+        bad = [t for t in ids if not 0 <= t < target.config.vocab_size]
+        if bad:
+            raise ValueError(
+                f"prompts[{i}]: token {bad[0]} is outside the vocabulary of "
+                f"{target.config.vocab_size}"
+            )
+        encoded.append(ids)
+    return encoded
+
+
+def make_engine(
+    target: Target,
+    drafter: TrainedDrafter | None,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] | None = None,
+    rule: str | Rule | None = None,
+):
+    """(engine, parameters) for a target with a drafter (None: plain decoding).
+
+    Raises:
+      ValueError: a drafter of another target, an unknown rule, a rule that refuses the settings.
+    """
+    definition = Vanilla(target.config) if drafter is None else drafter.definition
+    if drafter is not None and drafter.fingerprint != target.fingerprint:
+        raise ValueError(
+            f"drafter {drafter.name!r} was made for another target (fingerprint "
+            f"{drafter.fingerprint}, {target.name} has {target.fingerprint})"
+        )
+    if rule is None:
+        rule = definition.default_rule
+    if isinstance(rule, str):
+        rule = get_rule(rule)
+    if sampling.greedy and rule.exact:
+        rule = get_rule("greedy")  # every exact rule is greedy at temperature 0
+    stops = target.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
+    engine = decoding.Engine(target.config, definition, rule, sampling, stops)
+    return engine, {"target": target.params, "drafter": {} if drafter is None else drafter.params}
+
+
+def request_keys(seed: int, count: int):
+    """One random key per request: the same request draws the same noise in any batch."""
+    base = jax.random.key(seed)
+    return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(count))
+
+
+def start(engine, params, prompts: list[list[int]], max_new_tokens: int, seed: int = 0):
+    """Pads prompts to a bucket and prefills them: the state before the first round."""
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    limit = engine.config.max_position_embeddings
+    longest = int(lengths.max())
+    if longest >= limit:
+        i = int(lengths.argmax())
+        raise ValueError(f"prompts[{i}]: {longest} tokens do not fit a context of {limit}")
+    limits = np.minimum(max_new_tokens, limit - lengths).astype(np.int32)
+    padded = np.zeros((len(prompts), bucket(longest)), np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    needed = longest + max_new_tokens + engine.scratch
+    # Cache slots come in steps of 64: close to what is needed, since every step reads them all.
+    slots = max(-(-needed // 64) * 64, padded.shape[1])
+    return decoding.jit_prefill(
+        engine, params, jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(limits),
+        request_keys(seed, len(prompts)), slots, max_new_tokens + 1,
+    )  # fmt: skip
+
+
+def collect(state) -> tuple[list[list[int]], list[list[int]]]:
+    """(new tokens, accept lengths) of a finished state."""
+    tokens, lengths, prompts, emitted = jax.device_get(
+        (state.tokens_BxS, state.lengths_B, state.prompts_B, state.emitted_BxR)
+    )
+    new = [row[p:n].tolist() for row, p, n in zip(tokens, prompts, lengths, strict=True)]
+    accepts = [[1] + [int(c) for c in row[1:] if c > 0] for row in emitted]
+    return new, accepts
+
+
+def generate(
+    target: Target,
+    prompts: Sequence,
+    drafter: TrainedDrafter | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_tokens: Sequence[int] | None = None,
+    rule: str | Rule | None = None,
+) -> Generation:
+    """Decodes a batch of prompts, with a drafter or (None) plainly.
+
+    Args:
+      target: from `load_target`.
+      prompts: strings (encoded with the tokenizer's special tokens, no chat template) or lists of
+        token ids; any lengths, one batch.
+      drafter: from `init_drafter` or `load_drafter`.
+      max_new_tokens: at least 1; a row also stops when the context is full.
+      temperature, top_k, top_p: see `sampling.Sampling`; 0, 0, 1 is greedy.
+      seed: of the sampling noise.
+      stop_tokens: None = the config's end-of-sequence ids, () = none.
+      rule: None (the drafter's default), a name or a rule; exact rules are greedy at temperature 0.
+
+    Raises:
+      ValueError: a prompt that is empty or longer than the context, or a setting out of range.
+    """
+    if int(max_new_tokens) != max_new_tokens or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens: {max_new_tokens} must be an integer >= 1")
+    encoded = encode_prompts(target, prompts)
+    sampling = Sampling(float(temperature), int(top_k), float(top_p))
+    engine, params = make_engine(target, drafter, sampling, stop_tokens, rule)
+    state = start(engine, params, encoded, int(max_new_tokens), seed)
+    tokens, accepts = collect(decoding.run_host(engine, params, state))
+    decode = target.tokenizer.decode if target.tokenizer is not None else lambda ids: ""
+    return Generation(tokens, [decode(ids) for ids in tokens], accepts)

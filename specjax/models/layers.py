@@ -1,0 +1,156 @@
+"""The decoder layer: RMSNorm, grouped-query attention over an explicit cache, SwiGLU."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from specjax.models.linear import linear
+from specjax.models.rope import rotate
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def attend(q_BxTxGxRxK, k_BxGxSxK, v_BxGxSxK, mask_BxTxS, chain=()):
+    """Softmax attention; R query heads share each of G key/value heads. Returns BxTx(G*R*K).
+
+    `chain` holds further (k, v) pairs of shape BxGxTxK that only the same row t sees: one more
+    column each instead of a T x T block (EAGLE-3's training-time test).
+    """
+    B, T, G, R, K = q_BxTxGxRxK.shape
+    q_BxGxRxTxK = q_BxTxGxRxK.transpose(0, 2, 3, 1, 4)
+    scores_BxGxQxS = jnp.einsum(
+        "bgqk,bgsk->bgqs",
+        q_BxGxRxTxK.reshape(B, G, R * T, K),
+        k_BxGxSxK,
+        preferred_element_type=jnp.float32,
+    )
+    scores = scores_BxGxQxS.reshape(B, G, R, T, -1)
+    scores = jnp.where(mask_BxTxS[:, None, None], scores * K**-0.5, jnp.finfo(jnp.float32).min)
+    for k_BxGxTxK, _ in chain:
+        own = jnp.sum(q_BxGxRxTxK * k_BxGxTxK[:, :, None], axis=-1, dtype=jnp.float32)
+        scores = jnp.concatenate([scores, own[..., None] * K**-0.5], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BxGxSxK.dtype)
+    S = k_BxGxSxK.shape[2]
+    out_BxGxQxK = jnp.einsum("bgqs,bgsk->bgqk", weights[..., :S].reshape(B, G, R * T, S), v_BxGxSxK)
+    out = out_BxGxQxK.reshape(B, G, R, T, K)
+    for j, (_, v_BxGxTxK) in enumerate(chain):
+        out = out + weights[..., S + j, None] * v_BxGxTxK[:, :, None]
+    return out.transpose(0, 3, 1, 2, 4).reshape(B, T, -1)
+
+
+def write_rows(cache_BxGxSxK, rows_BxGxTxK, start_B):
+    """Overwrites slots start..start+T of each row's cache."""
+    rows = rows_BxGxTxK.astype(cache_BxGxSxK.dtype)
+    if rows.shape[0] == 1:  # a plain slice update: XLA does it in place, a scatter it loops over
+        return jax.lax.dynamic_update_slice(cache_BxGxSxK, rows, (0, 0, start_B[0], 0))
+    update = jax.vmap(lambda c, r, s: jax.lax.dynamic_update_slice(c, r, (0, s, 0)))
+    return update(cache_BxGxSxK, rows, start_B)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with RoPE; q, k and v come from one matrix, grouped by k/v head.
+
+    The kernel is DxGx(R+2)xK: sharding its G axis keeps every head whole under tensor parallelism.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    out_dim: int
+    eps: float
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x_BxTxD, rope, mask_BxTxS, kv=None, start_B=None, chain=None):
+        """Attention in one of three forms, by what is given.
+
+        Nothing: rows attend to each other. `kv` and `start_B`: rows are written into the cache
+        pair kv (BxGxSxK each) at slots start_B.. and attend to it. `kv` and `chain`: rows attend
+        to kv unchanged, and each to its own entries of chain and to itself.
+
+        Returns (y_BxTxD, kv): the updated cache, or these rows' own (k, v), BxGxTxK each.
+        """
+        G, K = self.num_kv_heads, self.head_dim
+        R = self.num_heads // G
+        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
+        qkv = linear(x_BxTxD, self.param("qkv", init, (x_BxTxD.shape[-1], G, R + 2, K)))
+        if self.qkv_bias:
+            bias = self.param("qkv_bias", nn.initializers.zeros, (G, R + 2, K))
+            qkv = qkv + bias.astype(qkv.dtype)
+        q, k, v = qkv[..., :R, :], qkv[..., R, :], qkv[..., R + 1, :]
+        if self.qk_norm:
+            q = RMSNorm(self.eps, name="q_norm")(q)
+            k = RMSNorm(self.eps, name="k_norm")(k)
+        B, T = x_BxTxD.shape[:2]
+        q = rotate(q.reshape(B, T, G * R, K), *rope).reshape(B, T, G, R, K)
+        k = rotate(k, *rope).transpose(0, 2, 1, 3)
+        v = v.transpose(0, 2, 1, 3)
+        if chain is not None:
+            out = attend(q, *kv, mask_BxTxS, (*chain, (k, v)))
+            kv = k, v
+        else:
+            if kv is not None:
+                k, v = write_rows(kv[0], k, start_B), write_rows(kv[1], v, start_B)
+            out = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BxTxS)
+            kv = k, v
+        init = nn.initializers.lecun_normal()
+        y_BxTxD = linear(out, self.param("o", init, (G * R * K, self.out_dim)))
+        if self.o_bias:
+            bias = self.param("o_bias", nn.initializers.zeros, (self.out_dim,))
+            y_BxTxD = y_BxTxD + bias.astype(y_BxTxD.dtype)
+        return y_BxTxD, kv
+
+
+class MLP(nn.Module):
+    """SwiGLU; gate and up come from one Dx2xF matrix."""
+
+    intermediate_size: int
+
+    @nn.compact
+    def __call__(self, x_BxTxD):
+        D, F = x_BxTxD.shape[-1], self.intermediate_size
+        init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
+        hidden = linear(x_BxTxD, self.param("gate_up", init, (D, 2, F)))
+        hidden = jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
+        return linear(hidden, self.param("down", nn.initializers.lecun_normal(), (F, D)))
+
+
+class Block(nn.Module):
+    """Pre-norm decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    eps: float
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: bool = False
+
+    @nn.compact
+    def __call__(self, x_BxTxD, rope, mask_BxTxS, kv=None, start_B=None):
+        attention = Attention(
+            self.num_heads, self.num_kv_heads, self.head_dim, x_BxTxD.shape[-1], self.eps,
+            self.qkv_bias, self.o_bias, self.qk_norm, name="attn",
+        )  # fmt: skip
+        with jax.named_scope("attention"):
+            normed = RMSNorm(self.eps, name="attn_norm")(x_BxTxD)
+            y, kv = attention(normed, rope, mask_BxTxS, kv, start_B)
+            x_BxTxD = x_BxTxD + y
+        with jax.named_scope("mlp"):
+            normed = RMSNorm(self.eps, name="mlp_norm")(x_BxTxD)
+            x_BxTxD = x_BxTxD + MLP(self.intermediate_size, name="mlp")(normed)
+        return x_BxTxD, kv

@@ -1,0 +1,124 @@
+"""A target ready for use: configuration, parameters, tokenizer."""
+
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.models import transformer
+from specjax.models.config import ModelConfig, read_config
+from specjax.models.hf import load_params
+
+BUILTIN = pathlib.Path(__file__).parent / "builtin"
+DTYPES = ("float32", "bfloat16")
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _logits(params, config, tokens_BxT):
+    hidden = transformer.forward(params, config, tokens_BxT).hidden_BxTxD
+    return transformer.logits_of(params, hidden)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Target:
+    """What `load_target` returns."""
+
+    name: str
+    config: ModelConfig
+    params: dict[str, Any]
+    tokenizer: Any  # a transformers fast tokenizer, or None for a model made in memory
+    mesh: jax.sharding.Mesh | None = None
+
+    def logits(self, tokens_BxT):
+        """Next-token logits BxTxV (float32) of plain causal decoding; tokens are int ids."""
+        return _logits(self.params, self.config, jnp.asarray(tokens_BxT, jnp.int32))
+
+    @property
+    def num_params(self) -> int:
+        """Parameters, a tied embedding counted once."""
+        return sum(w.size for w in jax.tree.leaves(self.params))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies the weights a drafter was made for, whatever dtype they were loaded in."""
+        bits = np.asarray(self.params["final_norm"]["scale"].astype(jnp.bfloat16)).tobytes()
+        bits += np.asarray(self.params["embed"][:64].astype(jnp.bfloat16)).tobytes()
+        return hashlib.sha256(bits).hexdigest()[:16]
+
+
+def _resolve(folder_or_hub_id: str) -> pathlib.Path:
+    if folder_or_hub_id == "builtin":
+        return BUILTIN
+    folder = pathlib.Path(folder_or_hub_id)
+    if folder.is_dir():
+        return folder
+    parts = str(folder_or_hub_id).split("/")
+    looks_like_path = folder_or_hub_id.startswith((".", "/", "~")) or len(parts) != 2
+    if looks_like_path:
+        raise FileNotFoundError(
+            f"{folder_or_hub_id}: no such folder; expected 'builtin', a Hugging Face model folder "
+            "or a hub id such as 'Qwen/Qwen3-0.6B'"
+        )
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.safetensors", "*.jinja"]  # never pickles, never code
+    try:
+        return pathlib.Path(snapshot_download(folder_or_hub_id, allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many kinds
+        raise FileNotFoundError(
+            f"{folder_or_hub_id}: neither a folder here nor reachable on the hub ({error})"
+        ) from error
+
+
+def load_target(
+    folder_or_hub_id: str, dtype: str = "float32", mesh=None, scan_layers: bool = False
+) -> Target:
+    """Loads a Llama-family model; no torch is needed and nothing in the folder is executed.
+
+    Args:
+      folder_or_hub_id: "builtin", a Hugging Face folder, or a hub id.
+      dtype: "float32" or "bfloat16", of parameters and activations.
+      mesh: a ("data", "fsdp", "tensor") mesh to shard over; None is the default device.
+      scan_layers: stack the layers and scan them (short compile times on deep models).
+
+    Raises:
+      FileNotFoundError: no such folder, or a file that the folder must have is missing.
+      ValueError: unsupported model, damaged or mismatched weights, a tokenizer larger than the
+        embedding; names file and field.
+    """
+    from specjax.data.tokenizer import load_tokenizer
+
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: {dtype!r} is not supported; one of {DTYPES}")
+    folder = _resolve(str(folder_or_hub_id))
+    config = read_config(folder)
+    tokenizer = load_tokenizer(folder)
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"{folder / 'tokenizer.json'}: {len(tokenizer)} tokens, but config.json has "
+            f"vocab_size {config.vocab_size}"
+        )
+    placed = _placer(jnp.dtype(dtype), mesh)
+    params = load_params(folder, config, placed)
+    if scan_layers:
+        params = transformer.stack_layers(params)
+    if mesh is not None:
+        from specjax.training.sharding import shardings
+
+        params = jax.device_put(params, shardings(mesh, params))
+    name = "builtin" if folder == BUILTIN else folder.name
+    return Target(name, config, params, tokenizer, mesh)
+
+
+def _placer(dtype, mesh):
+    """(path, host array) -> device array in `dtype`, sharded as soon as it is read."""
+    if mesh is None:
+        return lambda path, array: jnp.asarray(array).astype(dtype)
+    from specjax.training.sharding import leaf_sharding
+
+    return lambda path, array: jax.device_put(array.astype(dtype), leaf_sharding(mesh, path, array))

@@ -1,0 +1,176 @@
+"""The target's forward pass: a plain loop over an explicit stack of layers.
+
+Parameters are one pytree:
+
+    {"embed": VxD, "layers": [layer, ...] or one layer whose leaves carry a leading L axis,
+     "final_norm": {"scale": D}, "head": VxD (absent when tied)}
+
+A list is run unrolled (fastest on CPU), a stacked layer is scanned (short compile times on deep
+models); both run the same `Block`.
+"""
+
+import contextlib
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from specjax.cache import KVCache
+from specjax.models.config import ModelConfig
+from specjax.models.layers import Block, RMSNorm
+from specjax.models.linear import readout
+from specjax.models.rope import rope_tables
+
+
+@flax.struct.dataclass
+class ForwardOut:
+    """What one forward returns; `head` turns `hidden` into logits for the rows that need them."""
+
+    hidden_BxTxD: jax.Array  # after the final norm: the LM head's input
+    taps_BxTxM: jax.Array | None  # residual stream entering each tapped layer, concatenated
+    cache: KVCache | None  # rows written at slots lengths..lengths+T, lengths unchanged
+
+
+def make_block(config: ModelConfig) -> Block:
+    """The Block module of one target layer."""
+    return Block(
+        config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size,
+        config.rms_norm_eps, config.qkv_bias, config.o_bias, config.qk_norm,
+    )  # fmt: skip
+
+
+def init_params(key, config: ModelConfig, dtype=jnp.float32):
+    """Random parameters: normal(0.02) embeddings, LeCun-normal kernels, layers as a list."""
+    embed_key, head_key, *layer_keys = jax.random.split(key, 2 + config.num_layers)
+    D, V = config.hidden_size, config.vocab_size
+    block = make_block(config)
+    x = jnp.zeros((1, 1, D))
+    rope = rope_tables(config, jnp.zeros((1, 1), jnp.int32))
+    mask = jnp.ones((1, 1, 1), bool)
+    params = {
+        "embed": 0.02 * jax.random.normal(embed_key, (V, D)),
+        "layers": [block.init(k, x, rope, mask)["params"] for k in layer_keys],
+        "final_norm": {"scale": jnp.ones(D)},
+    }
+    if not config.tie_word_embeddings:
+        params["head"] = 0.02 * jax.random.normal(head_key, (V, D))
+    return jax.tree.map(lambda w: w.astype(dtype), params)
+
+
+def stack_layers(params):
+    """List of layers -> one layer with a leading L axis (for scanning)."""
+    return params | {"layers": jax.tree.map(lambda *w: jnp.stack(w), *params["layers"])}
+
+
+def unstack_layers(params):
+    """The inverse of `stack_layers`."""
+    layers = params["layers"]
+    count = jax.tree.leaves(layers)[0].shape[0]
+    return params | {"layers": [jax.tree.map(lambda w: w[i], layers) for i in range(count)]}  # noqa: B023
+
+
+def precision_of(params):
+    """float32 weights ask for float32 products; accelerators would otherwise round inputs."""
+    if params["embed"].dtype == jnp.float32:
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
+
+
+def head_VxD(params):
+    """The LM head's rows: its own matrix, or the embedding when tied."""
+    return params["head"] if "head" in params else params["embed"]
+
+
+def logits_of(params, hidden_BxTxD):
+    """LM head over final-normed hidden states: BxTxV float32."""
+    with jax.named_scope("lm_head"), precision_of(params):
+        return readout(hidden_BxTxD, head_VxD(params))
+
+
+def causal_mask(T: int):
+    """Lower-triangular 1xTxT boolean mask."""
+    return jnp.tril(jnp.ones((1, T, T), bool))
+
+
+def forward(
+    params,
+    config: ModelConfig,
+    tokens_BxT,
+    positions_BxT=None,
+    mask=None,
+    cache: KVCache | None = None,
+    taps: Sequence[int] = (),
+    remat: bool = False,
+) -> ForwardOut:
+    """Runs the decoder.
+
+    Args:
+      params: see the module docstring.
+      config: geometry; static.
+      tokens_BxT: int32 ids.
+      positions_BxT: RoPE positions; 0..T-1 when absent.
+      mask: BxTxT (no cache) or BxTxS (cache) booleans, True = visible; causal when absent and
+        no cache is given.
+      cache: rows are written at slots lengths..lengths+T and the mask addresses slots.
+      taps: ids of layers whose input is returned, in order, concatenated on the last axis.
+      remat: recompute each layer in the backward pass.
+    """
+    B, T = tokens_BxT.shape
+    if positions_BxT is None:
+        positions_BxT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    if mask is None:
+        if cache is not None:
+            raise ValueError("mask: required with a cache (see cache.py for the masks)")
+        mask = causal_mask(T)
+    block = make_block(config)
+    start_B = None if cache is None else cache.lengths_B
+
+    def run(layer, x, kv):
+        x, kv = block.apply({"params": layer}, x, rope, mask, kv, start_B)
+        return x, None if cache is None else kv
+
+    if remat:
+        run = jax.checkpoint(run)
+    with precision_of(params):
+        x = params["embed"][tokens_BxT]
+        rope = rope_tables(config, positions_BxT)
+        if isinstance(params["layers"], (list, tuple)):
+            x, cache, tapped = _unrolled(run, params["layers"], x, cache, taps)
+        else:
+            x, cache, tapped = _scanned(run, params["layers"], x, cache, taps)
+        hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)
+    return ForwardOut(hidden, jnp.concatenate(tapped, axis=-1) if taps else None, cache)
+
+
+def _unrolled(run, layers, x, cache, taps):
+    entering, ks, vs = {}, [], []
+    for i, layer in enumerate(layers):
+        entering[i] = x
+        kv = None if cache is None else (cache.k[i], cache.v[i])
+        with jax.named_scope(f"layer_{i}"):
+            x, kv = run(layer, x, kv)
+        if kv is not None:
+            ks.append(kv[0])
+            vs.append(kv[1])
+    if cache is not None:
+        cache = cache.replace(k=tuple(ks), v=tuple(vs))
+    return x, cache, [entering[i] for i in taps]
+
+
+def _scanned(run, layers, x, cache, taps):
+    ids = jnp.arange(jax.tree.leaves(layers)[0].shape[0])
+    tapped = [jnp.zeros_like(x) for _ in taps]
+
+    def step(carry, item):
+        x, tapped = carry
+        i, layer, kv = item
+        tapped = [jnp.where(i == t, x, old) for t, old in zip(taps, tapped, strict=True)]
+        x, kv = run(layer, x, kv)
+        return (x, tapped), kv
+
+    kvs = None if cache is None else (cache.k, cache.v)
+    (x, tapped), kvs = jax.lax.scan(step, (x, tapped), (ids, layers, kvs))
+    if cache is not None:
+        cache = cache.replace(k=kvs[0], v=kvs[1])
+    return x, cache, tapped

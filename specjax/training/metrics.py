@@ -1,0 +1,37 @@
+"""metrics.jsonl: one JSON object a line, appended as the run goes."""
+
+import json
+import pathlib
+import time
+
+from specjax.models.hf import write_text
+
+
+class MetricsLog:
+    """Appends rows; a resumed stage first drops the rows that it will write again."""
+
+    def __init__(self, path: str | pathlib.Path):
+        self.path = pathlib.Path(path)
+
+    def rows(self) -> list[dict]:
+        """All whole rows; a last line that a killed run left unfinished is ignored."""
+        rows = []
+        if self.path.is_file():
+            for line in self.path.read_text().splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except json.JSONDecodeError:
+                    continue
+        return rows
+
+    def rewind(self, stage: str, step: int):
+        """Forgets rows of `stage` past `step` (and unfinished lines)."""
+        keep = [r for r in self.rows() if r.get("stage") != stage or r.get("step", 0) <= step]
+        if self.path.is_file():
+            write_text(self.path, "".join(json.dumps(r) + "\n" for r in keep))
+
+    def write(self, stage: str, step: int, **values):
+        """One row; values are plain numbers, strings or lists of them."""
+        row = {"step": step, "stage": stage, "time": round(time.time(), 3)} | values
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")

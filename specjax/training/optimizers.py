@@ -1,0 +1,72 @@
+"""Optimisers by name: warm-up, cosine, clipping around AdamW or Muon."""
+
+import jax
+import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+from specjax.training.sharding import path_of
+
+
+def schedule(cfg, steps: int) -> optax.Schedule:
+    """Linear warm-up over `cfg.warmup_steps`, cosine decay to `cfg.final_lr_ratio` of the peak."""
+    warmup = min(cfg.warmup_steps, max(steps - 1, 1))
+    return optax.warmup_cosine_decay_schedule(
+        0.0,
+        cfg.learning_rate,
+        warmup,
+        max(steps, warmup + 1),
+        cfg.learning_rate * cfg.final_lr_ratio,
+    )
+
+
+# (reduction axes, output axes) of the kernels that Muon orthogonalises, counted from the end so
+# that stacked and listed layers read alike.
+_KERNELS = {
+    "attn/qkv": ((-4,), (-3, -2, -1)),
+    "attn/o": ((-2,), (-1,)),
+    "mlp/gate_up": ((-3,), (-2, -1)),
+    "mlp/down": ((-2,), (-1,)),
+}
+
+
+def _muon_dimensions(params):
+    def dimensions(keys, leaf):
+        path = path_of(keys)
+        for name, (reduction, output) in _KERNELS.items():
+            if path.endswith(name):
+                n = leaf.ndim
+                return MuonDimensionNumbers(
+                    tuple(n + a for a in reduction), tuple(n + a for a in output)
+                )
+        return None  # embeddings, heads, norms: AdamW
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
+    """Builds the optimiser that `cfg` describes.
+
+    Args:
+      cfg: name ("adamw" or "muon"), learning_rate, warmup_steps, final_lr_ratio, b1, b2,
+        weight_decay, clip_norm; Muon reads muon_learning_rate for the layers' kernels.
+      steps: length of the schedule.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    rate = schedule(cfg, steps)
+    if cfg.name == "adamw":
+        core = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay)
+    elif cfg.name == "muon":
+        ratio = cfg.muon_learning_rate / cfg.learning_rate
+        core = muon(
+            lambda count: ratio * rate(count),
+            weight_decay=cfg.weight_decay,
+            adam_b1=cfg.b1,
+            adam_b2=cfg.b2,
+            adam_learning_rate=rate,
+            muon_weight_dimension_numbers=_muon_dimensions,
+        )
+    else:
+        raise ValueError(f"optimizer.name: {cfg.name!r} is unknown; one of 'adamw', 'muon'")
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), core)

@@ -1,0 +1,148 @@
+"""Draft trees: their shape (static or built per round), ancestor masks, and the struct itself.
+
+A tree has T rows. Row 0 is the root, the newest committed token; rows 1.. are drafted. Parents
+come before children. A node's position is cache length + its depth, never its row.
+"""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@flax.struct.dataclass
+class DraftTree:
+    """One round's draft; fields are batched with a leading B except inside per-row code."""
+
+    tokens_T: jax.Array  # int32; slot 0 is the root
+    parent_T: jax.Array  # int32; -1 for the root, parent[i] < i
+    child_TxC: jax.Array  # int32; children in draw order, -1 padded
+    depth_T: jax.Array  # int32; 0 for the root
+    valid_T: jax.Array  # bool; ancestor-closed, the root always valid
+    # log-probabilities of the law that drew each node's children, where a rule needs them
+    law_TxV: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A tree shape known at compile time: `parents[i]` is the parent row of row i."""
+
+    parents: tuple[int, ...]
+
+    def __post_init__(self):
+        if not self.parents or self.parents[0] != -1:
+            raise ValueError("parents: the first entry is the root and must be -1")
+        for i, parent in enumerate(self.parents[1:], start=1):
+            if not 0 <= parent < i:
+                raise ValueError(f"parents[{i}] = {parent} must be an earlier row")
+
+    @property
+    def nodes(self) -> int:
+        """T: rows of the tree, root included."""
+        return len(self.parents)
+
+    @functools.cached_property
+    def depth_T(self) -> np.ndarray:
+        """Depth of each row."""
+        depth = np.zeros(self.nodes, np.int32)
+        for i, parent in enumerate(self.parents[1:], start=1):
+            depth[i] = depth[parent] + 1
+        return depth
+
+    @property
+    def max_depth(self) -> int:
+        """Most tokens one round can accept."""
+        return int(self.depth_T.max())
+
+    @functools.cached_property
+    def child_TxC(self) -> np.ndarray:
+        """Children of each row in row order, -1 padded (C at least 1)."""
+        children = [[] for _ in self.parents]
+        for i, parent in enumerate(self.parents[1:], start=1):
+            children[parent].append(i)
+        width = max(1, *(len(c) for c in children))
+        return np.array([c + [-1] * (width - len(c)) for c in children], np.int32)
+
+    @functools.cached_property
+    def visible_TxT(self) -> np.ndarray:
+        """visible[i, j]: row i attends to row j (its ancestors and itself)."""
+        visible = np.eye(self.nodes, dtype=bool)
+        for i, parent in enumerate(self.parents[1:], start=1):
+            visible[i] |= visible[parent]
+        return visible
+
+    @property
+    def only_last_moves(self) -> bool:
+        """Whether every accepted path but its last node already lies in slot order.
+
+        True for chains and backbone trees (backbone rows come first): committing then moves one
+        row of the cache instead of a whole path.
+        """
+        return all(p == self.depth_T[p] for p in self.parents[1:])
+
+    def draft(self, tokens_BxT, law_BxTxV=None) -> DraftTree:
+        """A batched DraftTree of this shape, all rows valid."""
+        B = tokens_BxT.shape[0]
+        repeat = lambda x: jnp.broadcast_to(jnp.asarray(x), (B, *np.shape(x)))  # noqa: E731
+        return DraftTree(
+            tokens_BxT,
+            repeat(np.array(self.parents, np.int32)),
+            repeat(self.child_TxC),
+            repeat(self.depth_T),
+            repeat(np.ones(self.nodes, bool)),
+            law_BxTxV,
+        )
+
+
+def chain(depth: int) -> Topology:
+    """root -> 1 -> 2 -> ... -> depth."""
+    return Topology(tuple(range(-1, depth)))
+
+
+def backbone(depth: int, candidates: int) -> Topology:
+    """FastEagle's constrained tree (backbone expansion): every level hangs on the backbone.
+
+    Rows 1..depth are the backbone, each level's most probable token; the other candidates - 1
+    tokens of level i follow as leaves, level by level, in rank order. T = depth*candidates + 1.
+    """
+    if depth < 1 or candidates < 1:
+        raise ValueError(f"backbone: depth {depth} and candidates {candidates} must be at least 1")
+    leaves = [level for level in range(depth) for _ in range(candidates - 1)]
+    return Topology(tuple(range(-1, depth)) + tuple(leaves))
+
+
+def paths(static_paths) -> Topology:
+    """A tree from a list of rank paths, e.g. [(0,), (1,), (0, 0)]: each is a node, its prefixes too.
+
+    Rows are ordered by depth, then rank path.
+    """
+    nodes = {p[:i] for p in map(tuple, static_paths) for i in range(len(p) + 1)}
+    order = sorted(nodes, key=lambda p: (len(p), p))
+    row = {p: i for i, p in enumerate(order)}
+    return Topology(tuple(-1 if not p else row[p[:-1]] for p in order))
+
+
+def visible_from_parents(parent_T, max_depth: int):
+    """Ancestor-or-self mask TxT of a tree built on the device (pointer doubling)."""
+    T = parent_T.shape[0]
+    reach_TxT = (parent_T[:, None] == jnp.arange(T)) | jnp.eye(T, dtype=bool)
+    hops = 1
+    while hops < max_depth:
+        reach_TxT = (reach_TxT.astype(jnp.float32) @ reach_TxT.astype(jnp.float32)) > 0
+        hops *= 2
+    return reach_TxT
+
+
+def children_from_parents(parent_T, width: int):
+    """child_TxC of a tree built on the device: children in row order, -1 padded."""
+    T = parent_T.shape[0]
+    is_child_TxT = parent_T[None, :] == jnp.arange(T)[:, None]
+    rank_TxT = jnp.cumsum(is_child_TxT, axis=1) - 1
+    rows = jnp.arange(T, dtype=jnp.int32)
+    slots = [
+        jnp.max(jnp.where(is_child_TxT & (rank_TxT == c), rows, -1), axis=1) for c in range(width)
+    ]
+    return jnp.stack(slots, axis=1)
