@@ -12,10 +12,11 @@ import numpy as np
 
 from specjax import decoding
 from specjax.drafters import DRAFTERS, Drafter, Vanilla
+from specjax.files import write_safetensors, write_text
 from specjax.models.config import ModelConfig, RopeScaling
-from specjax.models.hf import Checkpoint, write_safetensors, write_text
+from specjax.models.hf import Checkpoint
 from specjax.models.target import Target
-from specjax.sampling import Sampling
+from specjax.sampling import GREEDY, Sampling
 from specjax.training.sharding import path_of
 from specjax.verification import Rule, get_rule
 
@@ -206,7 +207,7 @@ def encode_prompts(target: Target, prompts: Sequence) -> list[list[int]]:
 def make_engine(
     target: Target,
     drafter: TrainedDrafter | None,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     stop_tokens: Sequence[int] | None = None,
     rule: str | Rule | None = None,
 ):
@@ -238,8 +239,18 @@ def request_keys(seed: int, count: int):
     return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(count))
 
 
-def start(engine, params, prompts: list[list[int]], max_new_tokens: int, seed: int = 0):
-    """Pads prompts to a bucket and prefills them: the state before the first round."""
+def cache_slots(engine, longest_prompt: int, max_new_tokens: int) -> int:
+    """S for a request: what it can fill, in steps of 64 (every round reads all of them)."""
+    needed = longest_prompt + max_new_tokens + engine.scratch
+    return max(-(-needed // 64) * 64, bucket(longest_prompt))
+
+
+def start(engine, params, prompts: list[list[int]], max_new_tokens: int, seed: int = 0, slots=0):
+    """Pads prompts to a bucket and prefills them: the state before the first round.
+
+    `slots` asks for more cache slots than these prompts need, so that many requests share one
+    compilation.
+    """
     lengths = np.array([len(p) for p in prompts], np.int32)
     limit = engine.config.max_position_embeddings
     longest = int(lengths.max())
@@ -250,9 +261,7 @@ def start(engine, params, prompts: list[list[int]], max_new_tokens: int, seed: i
     padded = np.zeros((len(prompts), bucket(longest)), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    needed = longest + max_new_tokens + engine.scratch
-    # Cache slots come in steps of 64: close to what is needed, since every step reads them all.
-    slots = max(-(-needed // 64) * 64, padded.shape[1])
+    slots = max(slots, cache_slots(engine, longest, max_new_tokens))
     return decoding.jit_prefill(
         engine, params, jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(limits),
         request_keys(seed, len(prompts)), slots, max_new_tokens + 1,

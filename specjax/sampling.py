@@ -36,6 +36,9 @@ class Sampling:
         return self.temperature == 0
 
 
+GREEDY = Sampling()
+
+
 def argmax(x, axis: int = -1):
     """First index of the maximum, int32.
 

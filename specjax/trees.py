@@ -98,7 +98,9 @@ class Topology:
 
 
 def chain(depth: int) -> Topology:
-    """root -> 1 -> 2 -> ... -> depth."""
+    """root -> 1 -> 2 -> ... -> depth; depth 0 is the root alone."""
+    if depth < 0:
+        raise ValueError(f"chain: depth {depth} must be at least 0")
     return Topology(tuple(range(-1, depth)))
 
 
@@ -118,8 +120,17 @@ def paths(static_paths) -> Topology:
     """A tree from a list of rank paths, e.g. [(0,), (1,), (0, 0)]: each is a node, its prefixes too.
 
     Rows are ordered by depth, then rank path.
+
+    Raises:
+      ValueError: no path at all, or a rank that is not a whole number >= 0.
     """
-    nodes = {p[:i] for p in map(tuple, static_paths) for i in range(len(p) + 1)}
+    static_paths = [tuple(path) for path in static_paths]
+    if not any(static_paths):
+        raise ValueError("paths: no path is given")
+    for path in static_paths:
+        if not all(isinstance(rank, int) and rank >= 0 for rank in path):
+            raise ValueError(f"paths: {path} must hold ranks, whole numbers from 0")
+    nodes = {p[:i] for p in static_paths for i in range(len(p) + 1)}
     order = sorted(nodes, key=lambda p: (len(p), p))
     row = {p: i for i, p in enumerate(order)}
     return Topology(tuple(-1 if not p else row[p[:-1]] for p in order))

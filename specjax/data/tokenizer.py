@@ -1,13 +1,14 @@
 """Byte-level BPE: trained on any text, saved and loaded as a Hugging Face tokenizer folder."""
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from specjax.files import write_text
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>")
 
@@ -79,8 +80,8 @@ def save_tokenizer(
         "clean_up_tokenization_spaces": False,
         "model_max_length": model_max_length,
     }
-    _write(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -126,10 +127,3 @@ def _check_json(file: Path) -> None:
         json.loads(file.read_bytes())
     except ValueError as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
-
-
-def _write(file: Path, text: str) -> None:
-    """Writes beside the file first: an interrupted or failed write leaves the old one whole."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)

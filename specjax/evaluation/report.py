@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 
 from specjax.evaluation import figures
-from specjax.evaluation.files import write_text
 from specjax.evaluation.records import VANILLA
 from specjax.evaluation.tables import COLUMNS, count, setting, shown_columns
+from specjax.files import write_text
 
 SHADES = 8
 """Draft depths with a shade of their own; deeper ones share the last."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from specjax.evaluation import statistics
-from specjax.evaluation.files import write_text
 from specjax.evaluation.records import MethodRun
+from specjax.files import write_text
 
 HEADER_KEYS = ("target", "device", "dtype", "versions", "seed", "preset")
 """What a results file says beside its rows."""

@@ -27,8 +27,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specjax.evaluation.files import write_text
 from specjax.evaluation.records import MethodRun, TurnRecord
+from specjax.files import write_text
 
 PER_TURN = ("turns", "decoding_steps", "new_tokens", "wall_time")
 """The keys of a choice that hold one entry per turn."""

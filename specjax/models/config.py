@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -73,24 +74,52 @@ def _fail(source, field, message):
     raise ValueError(f"{source}: {field}: {message}")
 
 
+def _count(raw: dict[str, Any], field: str, source, default: int | None = None) -> int:
+    """A positive whole number; null counts as absent."""
+    value = default if raw.get(field) is None else raw[field]
+    if value is None:
+        _fail(source, field, "missing")
+    if not isinstance(value, int) or value < 1:
+        _fail(source, field, f"{value!r} is not a positive whole number")
+    return value
+
+
+def _positive(raw: dict[str, Any], field: str, source, default: float | None = None) -> float:
+    """A positive finite number; null counts as absent."""
+    value = default if raw.get(field) is None else raw[field]
+    if not isinstance(value, int | float) or not 0 < value < math.inf:
+        _fail(source, field, f"{value!r} is not a positive number")
+    return value
+
+
 def _rope(raw: dict[str, Any], source) -> tuple[float, RopeScaling]:
     """transformers < 5 writes rope_theta + rope_scaling, later versions one rope_parameters."""
-    merged = dict(raw.get("rope_scaling") or {}) | dict(raw.get("rope_parameters") or {})
-    theta = float(merged.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    merged = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        part = raw.get(field) or {}
+        if not isinstance(part, dict):
+            _fail(source, field, f"{part!r} is not an object")
+        merged |= part
+    theta = _positive({"rope_theta": raw.get("rope_theta")} | merged, "rope_theta", source, 10000.0)
     kind = merged.get("rope_type", merged.get("type", "default"))
     if kind not in ROPE_TYPES:
         _fail(source, "rope_scaling.rope_type", f"{kind!r} is not supported; one of {ROPE_TYPES}")
+    if merged.get("partial_rotary_factor", raw.get("partial_rotary_factor")) not in (None, 1):
+        _fail(source, "partial_rotary_factor", "only 1 is supported")
     fields = {f.name for f in dataclasses.fields(RopeScaling)} - {"kind"}
-    if kind != "default" and "factor" not in merged:
+    if kind != "default" and merged.get("factor") is None:
         _fail(source, "rope_scaling.factor", f"rope type {kind!r} needs it")
-    return theta, RopeScaling(kind, **{k: merged[k] for k in fields if merged.get(k) is not None})
+    given = {f"rope_scaling.{k}": merged[k] for k in fields if merged.get(k) is not None}
+    numbers = {k.partition(".")[2]: _positive(given, k, source) for k in given}
+    return float(theta), RopeScaling(kind, **numbers)
 
 
 def config_from_hf(raw: dict[str, Any], source: str | pathlib.Path = "config.json") -> ModelConfig:
     """Reads a Hugging Face config dictionary.
 
     Raises:
-      ValueError: an unsupported architecture, RoPE type or option; names `source` and the field.
+      ValueError: an unsupported architecture, RoPE type or option, or a value that cannot be;
+        names `source` and the field.
     """
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
@@ -103,40 +132,59 @@ def config_from_hf(raw: dict[str, Any], source: str | pathlib.Path = "config.jso
         _fail(source, "use_sliding_window", "true is not supported")
     if raw.get("quantization_config"):
         _fail(source, "quantization_config", "quantised checkpoints are not supported")
+    heads = _count(raw, "num_attention_heads", source)
+    hidden = _count(raw, "hidden_size", source)
+    theta, scaling = _rope(raw, source)
+    bos = raw.get("bos_token_id")
+    attention_bias = bool(raw.get("attention_bias", False))
+    fields = dict(
+        vocab_size=_count(raw, "vocab_size", source),
+        hidden_size=hidden,
+        intermediate_size=_count(raw, "intermediate_size", source),
+        num_layers=_count(raw, "num_hidden_layers", source),
+        num_heads=heads,
+        num_kv_heads=_count(raw, "num_key_value_heads", source, heads),
+        # The defaults of transformers' own config classes.
+        head_dim=_count(raw, "head_dim", source, 128 if model_type == "qwen3" else hidden // heads),
+        model_type=model_type,
+        rms_norm_eps=float(_positive(raw, "rms_norm_eps", source, 1e-6)),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        # Qwen2 always has biases on q, k, v and never on o; elsewhere one flag rules all four.
+        qkv_bias=True if model_type == "qwen2" else attention_bias,
+        o_bias=False if model_type == "qwen2" else attention_bias,
+        qk_norm=model_type == "qwen3",
+        tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+        max_position_embeddings=_count(raw, "max_position_embeddings", source, 2048),
+        bos_token_id=None if bos is None else int(bos),
+        eos_token_ids=_eos_ids(raw),
+    )
     try:
-        heads, hidden = int(raw["num_attention_heads"]), int(raw["hidden_size"])
-        theta, scaling = _rope(raw, source)
-        eos = raw.get("eos_token_id")
-        eos = () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
-        bos = raw.get("bos_token_id")
-        attention_bias = bool(raw.get("attention_bias", False))
-        return ModelConfig(
-            vocab_size=int(raw["vocab_size"]),
-            hidden_size=hidden,
-            intermediate_size=int(raw["intermediate_size"]),
-            num_layers=int(raw["num_hidden_layers"]),
-            num_heads=heads,
-            num_kv_heads=int(raw.get("num_key_value_heads") or heads),
-            head_dim=int(raw.get("head_dim") or hidden // heads),
-            model_type=model_type,
-            rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope_theta=theta,
-            rope_scaling=scaling,
-            # Qwen2 always has biases on q, k, v and never on o; elsewhere one flag rules all four.
-            qkv_bias=True if model_type == "qwen2" else attention_bias,
-            o_bias=False if model_type == "qwen2" else attention_bias,
-            qk_norm=model_type == "qwen3",
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            max_position_embeddings=int(raw.get("max_position_embeddings", 2048)),
-            bos_token_id=None if bos is None else int(bos),
-            eos_token_ids=eos,
-        )
-    except KeyError as error:
-        _fail(source, error.args[0], "missing")
+        return ModelConfig(**fields)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _eos_ids(raw: dict[str, Any]) -> tuple[int, ...]:
+    eos = raw.get("eos_token_id")
+    return () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
 
 
 def config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]:
-    """The inverse of `config_from_hf`: a dictionary that `transformers` reads."""
+    """The inverse of `config_from_hf`: a dictionary that `transformers` reads.
+
+    Raises:
+      ValueError: the architecture cannot say what a field asks; names the field.
+    """
+    for field, said in (
+        ("qkv_bias", config.model_type == "qwen2" or config.o_bias),
+        ("o_bias", config.o_bias and config.model_type != "qwen2"),
+        ("qk_norm", config.model_type == "qwen3"),
+    ):
+        if getattr(config, field) != said:
+            raise ValueError(
+                f"{field}: a {config.model_type} checkpoint cannot say {getattr(config, field)}"
+            )
     architecture = {
         "llama": "LlamaForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
@@ -177,6 +225,17 @@ def config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]
     }
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """The JSON object in a file; ValueError naming the file where it holds none."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not even text
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return raw
+
+
 def read_config(folder: str | pathlib.Path) -> ModelConfig:
     """Reads `folder/config.json`.
 
@@ -187,16 +246,11 @@ def read_config(folder: str | pathlib.Path) -> ModelConfig:
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; a Hugging Face model folder has one")
-    try:
-        raw = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    config = config_from_hf(raw, path)
+    config = config_from_hf(read_json(path), path)
     # Chat models list further stop ids (Llama 3: <|eot_id|>) only in generation_config.json.
     generation = pathlib.Path(folder) / "generation_config.json"
     if generation.is_file():
-        eos = json.loads(generation.read_text()).get("eos_token_id")
-        extra = () if eos is None else tuple(eos) if isinstance(eos, list) else (int(eos),)
+        extra = _eos_ids(read_json(generation))
         ids = config.eos_token_ids + tuple(i for i in extra if i not in config.eos_token_ids)
         config = config.replace(eos_token_ids=ids)
     return config

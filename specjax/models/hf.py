@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from specjax.models.config import ModelConfig, config_to_hf, read_config
+from specjax.files import write_safetensors, write_text
+from specjax.models.config import ModelConfig, config_to_hf, read_config, read_json
 
 
 def _qkv_kernel(config: ModelConfig, q, k, v):
@@ -63,6 +63,8 @@ def _split_gate_up(config, w):
     return [w[:, 0].T, w[:, 1].T]
 
 
+# Anything else is quantised, and a plain cast would not undo that.
+WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 # ours -> (checkpoint names below the layer's prefix, fuse, split)
@@ -133,10 +135,9 @@ class Checkpoint:
             self.folder / "model.safetensors",
         )
         if index.is_file():
-            try:
-                where = json.loads(index.read_text())["weight_map"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{index}: not a safetensors index: {error!r}") from error
+            where = read_json(index).get("weight_map")
+            if not (isinstance(where, dict) and all(isinstance(v, str) for v in where.values())):
+                raise ValueError(f"{index}: not a safetensors index: weight_map names no shards")
         elif single.is_file():
             where = None
         else:
@@ -156,13 +157,17 @@ class Checkpoint:
             self.names |= {name: shard for name in self._files[shard].keys()}
 
     def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        """One tensor; checks its presence and shape."""
+        """One tensor; checks its presence, shape and dtype."""
         if name not in self.names:
             raise ValueError(f"{self.folder}: tensor {name} is missing")
         path = self.folder / self.names[name]
         array = self._files[self.names[name]].get_tensor(name)
         if array.shape != shape:
             raise ValueError(f"{path}: {name} has shape {array.shape}, config.json asks {shape}")
+        if array.dtype.name not in WEIGHT_DTYPES:
+            raise ValueError(
+                f"{path}: {name} has dtype {array.dtype.name}; one of {WEIGHT_DTYPES} is expected"
+            )
         return array
 
     def read_layer(self, prefix: str, config: ModelConfig, in_dim: int | None = None):
@@ -226,32 +231,11 @@ def load_params(folder, config: ModelConfig, place: Callable = lambda path, arra
     return params
 
 
-def write_safetensors(path, tensors: dict[str, np.ndarray], metadata=None):
-    """Writes a safetensors file beside its place, then renames: never half a file."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"} | (metadata or {}))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path, text: str):
-    """Writes a text file beside its place, then renames."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def save_target(folder, config: ModelConfig, params, dtype: str = "bfloat16"):
     """Writes config.json and model.safetensors so that `transformers` loads them."""
     import ml_dtypes
 
+    text = json.dumps(config_to_hf(config, dtype), indent=2) + "\n"
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     cast = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
@@ -262,7 +246,7 @@ def save_target(folder, config: ModelConfig, params, dtype: str = "bfloat16"):
     if "head" in params:
         tensors["lm_head.weight"] = np.asarray(params["head"])
     write_safetensors(folder / "model.safetensors", {k: v.astype(cast) for k, v in tensors.items()})
-    write_text(folder / "config.json", json.dumps(config_to_hf(config, dtype), indent=2) + "\n")
+    write_text(folder / "config.json", text)
 
 
 __all__ = ["Checkpoint", "load_params", "read_config", "save_target", "split_layer"]

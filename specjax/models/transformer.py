@@ -115,8 +115,13 @@ def forward(
       cache: rows are written at slots lengths..lengths+T and the mask addresses slots.
       taps: ids of layers whose input is returned, in order, concatenated on the last axis.
       remat: recompute each layer in the backward pass.
+
+    Raises:
+      ValueError: a cache without a mask, or a tap that is no layer's id.
     """
     B, T = tokens_BxT.shape
+    if any(not 0 <= tap < config.num_layers for tap in taps):
+        raise ValueError(f"taps: {tuple(taps)} must lie in [0, {config.num_layers})")
     if positions_BxT is None:
         positions_BxT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if mask is None:

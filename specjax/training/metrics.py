@@ -4,7 +4,7 @@ import json
 import pathlib
 import time
 
-from specjax.models.hf import write_text
+from specjax.files import write_text
 
 
 class MetricsLog:

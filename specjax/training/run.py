@@ -7,7 +7,7 @@ import tempfile
 
 from ml_collections import ConfigDict
 
-from specjax.models.hf import write_text
+from specjax.files import write_text
 
 
 def plain(config) -> dict:

@@ -18,7 +18,8 @@ class TrainState:
 
 
 def create(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step."""
+    """State before the first step; nothing in it shares memory with `params` (it is donated)."""
+    params = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 

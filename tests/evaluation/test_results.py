@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from specjax.evaluation import files
+from specjax import files
 from specjax.evaluation.results import read_results, result_row, write_results
 
 # Written out once more on purpose: readers outside the project rely on exactly these.

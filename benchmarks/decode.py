@@ -1,0 +1,368 @@
+"""python -m benchmarks.decode: what each part of decoding takes, against what the machine allows.
+
+Times plain decoding, verifying trees of several sizes, one draft and one whole round of FastEagle
+and of EAGLE-3 (untrained: time does not depend on the weights), all in turns in one process, and
+prints each beside its floor: the larger of (weights and cache read) / (measured bandwidth) and
+(operations) / (measured matrix throughput).
+
+    python -m benchmarks.decode --target=builtin
+    python -m benchmarks.decode --target=random:768x2048x12x32000 --rows=1,8,16
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import timing
+from benchmarks.targets import TARGET_HELP, get_target
+from benchmarks.work import Work, draft_pass, target_pass, weight_bytes
+from specjax import decoding
+from specjax.drafters import Drafter, Vanilla
+from specjax.generation import init_drafter, request_keys
+from specjax.models.target import Target
+from specjax.trees import Topology, chain
+from specjax.verification import get_rule
+
+_TARGET = flags.DEFINE_string("target", "builtin", TARGET_HELP)
+_DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16")
+_CONTEXT = flags.DEFINE_integer("context", 256, "committed tokens before the first round")
+_ROWS = flags.DEFINE_list("rows", ["1", "8", "16", "32", "64"], "rows per verification")
+_DEPTH = flags.DEFINE_integer("depth", 5, "draft depth of both drafters")
+_CANDIDATES = flags.DEFINE_integer("candidates", 3, "candidates a level in the tree drafts")
+_REPEATS = flags.DEFINE_integer("repeats", 15, "samples of each call", lower_bound=1)
+_IN_A_ROW = flags.DEFINE_integer("in_a_row", 8, "calls that make up one sample", lower_bound=1)
+_PROFILE = flags.DEFINE_string("profile", None, "folder for a jax.profiler trace of all calls")
+_JSON = flags.DEFINE_string("json", None, "file for the numbers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Drafter):
+    """Stands in for a drafter where only verifying a chain of `rows` rows is of interest."""
+
+    name: ClassVar[str] = "rows"
+    rows: int = 1
+
+    @property
+    def nodes(self) -> int:
+        return self.rows
+
+    @property
+    def depth(self) -> int:
+        return self.rows - 1
+
+    @property
+    def topology(self) -> Topology:
+        return chain(self.rows - 1)
+
+    def draft(self, params, target_params, state, context, key):
+        tokens = jnp.broadcast_to(context.root_B()[:, None], (key.shape[0], self.rows))
+        return self.topology.draft(tokens), state
+
+
+# ---- the parts of a round as calls that can be repeated ------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _draft_again(engine, params, state):
+    """`decoding.draft`, its cache written in place but its length put back for the next call."""
+    tree, drafter = decoding.draft(engine, params, state)
+    if hasattr(drafter, "cache"):
+        lengths = state.drafter.cache.lengths_B
+        drafter = drafter.replace(cache=drafter.cache.replace(lengths_B=lengths))
+    return state.replace(drafter=drafter), tree
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _score_again(engine, params, cache, tree):
+    """`decoding.score`: it leaves the cache's length where it was."""
+    logits, taps, cache = decoding.score(engine, params, cache, tree)
+    return cache, logits, taps
+
+
+class Decoder:
+    """One engine with its parameters and a state at the wished context."""
+
+    def __init__(self, target: Target, drafter: Drafter, params, context: int, slots: int, rounds):
+        self.engine = decoding.Engine(target.config, drafter, get_rule("greedy"))
+        self.params = {"target": target.params, "drafter": params}
+        tokens = np.random.default_rng(0).integers(0, target.config.vocab_size, (1, context))
+        self.start = decoding.jit_prefill(
+            self.engine, self.params, jnp.asarray(tokens, jnp.int32), jnp.full(1, context),
+            jnp.full(1, rounds + 1), request_keys(0, 1), slots, rounds,
+        )  # fmt: skip
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to the state after prefill, in buffers that may be donated."""
+        self.state = jax.tree.map(jnp.copy, self.start)
+        self.done = jnp.all(self.state.done_B)
+
+    def round(self):
+        """One round as `decoding.run_host` drives it: `done` is read one round late."""
+        self.state = decoding.jit_round(self.engine, self.params, self.state)
+        np.asarray(self.done)
+        self.done = jnp.all(self.state.done_B)
+        return self.state.lengths_B
+
+    def device_loop(self):
+        """Rounds to the length limit in one `while_loop` on the device."""
+        self.state = decoding.run_device(self.engine, self.params, self.state)
+        return self.state.lengths_B
+
+    def drafting(self) -> Callable:
+        """A call that drafts once."""
+        state = jax.tree.map(jnp.copy, self.start)
+
+        def call():
+            nonlocal state
+            state, tree = _draft_again(self.engine, self.params, state)
+            return tree.tokens_T
+
+        return call
+
+    def scoring(self) -> Callable:
+        """A call that runs the target over one drafted tree."""
+        state, tree = _draft_again(self.engine, self.params, jax.tree.map(jnp.copy, self.start))
+        cache = state.cache
+
+        def call():
+            nonlocal cache
+            cache, logits, _ = _score_again(self.engine, self.params, cache, tree)
+            return logits
+
+        return call
+
+
+# ---- what is measured ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Plan:
+    """Named calls, the work each must do, and the decoders to reset before a sample."""
+
+    calls: dict[str, Callable] = dataclasses.field(default_factory=dict)
+    work: dict[str, Work] = dataclasses.field(default_factory=dict)
+    resets: dict[str, Callable] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, call: Callable, work: Work, reset: Callable | None = None):
+        """One more row of the table."""
+        self.calls[name], self.work[name] = call, work
+        if reset is not None:
+            self.resets[name] = reset
+
+    def before(self, name: str) -> None:
+        """Untimed preparation of a sample."""
+        if name in self.resets:
+            self.resets[name]()
+
+
+def drafters(target: Target, depth: int, candidates: int) -> dict[str, tuple[Drafter, Any]]:
+    """Untrained drafters of the same depth and node budget: a chain and a tree of each method."""
+    settings = {
+        "fasteagle chain": ("fasteagle", dict(num_layers=depth)),
+        "fasteagle tree": ("fasteagle", dict(num_layers=depth, candidates=candidates)),
+        "eagle3 chain": ("eagle3", dict(steps=depth)),
+        "eagle3 tree": (
+            "eagle3", dict(steps=depth, top_k=candidates, total_nodes=depth * candidates + 1),
+        ),
+    }  # fmt: skip
+    made = {}
+    for label, (name, config) in settings.items():
+        trained = init_drafter(name, target, **config)
+        dtype = target.params["embed"].dtype
+        cast = lambda w: w.astype(dtype) if w.dtype == jnp.float32 else w  # noqa: B023,E731
+        made[label] = trained.definition, jax.tree.map(cast, trained.params)
+    return made
+
+
+def make_plan(target: Target, context, rows, depth, candidates, in_a_row) -> Plan:
+    """All rows of the table for one target."""
+    scratch = max(*rows, depth * candidates + 1, depth + 1 + (depth - 1) * candidates)
+    slots = -(-(context + in_a_row * (depth + 1) + scratch + 1) // 64) * 64
+    decoder = functools.partial(
+        Decoder, target, context=context, slots=slots, rounds=(in_a_row + 1) * (depth + 1)
+    )
+    plan, one = Plan(), target_pass(target, 1, context)
+    vanilla = decoder(Vanilla(target.config), {})
+    plan.add("vanilla round", vanilla.round, one, vanilla.reset)
+    looped = decoder(Vanilla(target.config), {})
+    looped.start = looped.start.replace(limits_B=jnp.full(1, in_a_row + 1))
+
+    def loop():  # one call, `in_a_row` rounds
+        if bool(looped.fresh):
+            looped.fresh = False
+            return looped.device_loop()
+        return looped.state.lengths_B
+
+    def fresh():
+        looped.reset()
+        looped.fresh = True
+
+    plan.add("vanilla round, device loop", loop, one, fresh)
+    for count in rows:
+        verifier = decoder(Rows(target.config, count), {})
+        work = target_pass(target, count, context)
+        plan.add(f"verify {count} row{'s' * (count > 1)}", verifier.scoring(), work)
+    for label, (definition, params) in drafters(target, depth, candidates).items():
+        drafting = decoder(definition, params)
+        draft = draft_pass(definition, params, target, context)
+        verify = target_pass(target, definition.nodes, context)
+        plan.add(f"{label}: draft", drafting.drafting(), draft)
+        plan.add(f"{label}: verify {definition.nodes}", drafting.scoring(), verify)
+        plan.add(f"{label}: round", drafting.round, draft + verify, drafting.reset)
+    return plan
+
+
+def splits(timings: dict[str, timing.Timing]) -> list[dict]:
+    """What of each round lies outside the forwards, from samples of the same turn."""
+    rows = [("vanilla", "vanilla round", None, "verify 1 row")]
+    labels = [name.removesuffix(": round") for name in timings if name.endswith(": round")]
+    for label in labels:
+        verify = next(name for name in timings if name.startswith(f"{label}: verify"))
+        rows.append((label, f"{label}: round", f"{label}: draft", verify))
+    result = []
+    for label, whole, draft, verify in rows:
+        if verify not in timings:
+            continue
+        draft_ms = timings[draft].ms if draft else 0.0
+        parts = np.array(timings[verify].seconds)
+        if draft:
+            parts = parts + np.array(timings[draft].seconds)
+        outside = 1 - parts / np.array(timings[whole].seconds)
+        low, share, high = np.percentile(outside, (25, 50, 75))
+        result.append(
+            {
+                "method": label, "round_ms": timings[whole].ms, "draft_ms": draft_ms,
+                "verify_ms": timings[verify].ms, "outside_share": float(share),
+                "outside_quartiles": [float(low), float(high)],
+            }
+        )  # fmt: skip
+    return result
+
+
+def comparisons(timings: dict[str, timing.Timing]) -> list[dict]:
+    """Draft time of FastEagle over EAGLE-3's, chain by chain and tree by tree."""
+    result = []
+    for shape in ("chain", "tree"):
+        pair = timings[f"fasteagle {shape}: draft"], timings[f"eagle3 {shape}: draft"]
+        median, quartiles = timing.ratio(*pair)
+        result.append({"shape": shape, "fasteagle_over_eagle3": median, "quartiles": quartiles})
+    return result
+
+
+def measure(target: Target, context, rows, depth, candidates, repeats, in_a_row, profile=None):
+    """Runs everything; returns what the tables show, for machines."""
+    machine = timing.measure_machine(weight_bytes(target.params))
+    plan = make_plan(target, context, rows, depth, candidates, in_a_row)
+    run = functools.partial(
+        timing.interleaved, plan.calls, in_a_row=in_a_row, before=plan.before
+    )  # fmt: skip
+    timings = run(repeats)
+    if profile:
+        with jax.profiler.trace(profile):
+            run(1, warmup=0)
+    lines = []
+    for name, work in plan.work.items():
+        floor = machine.floor_ms(work.bytes, work.flops)
+        lines.append(
+            {
+                "what": name, "ms": timings[name].ms, "quartiles_ms": timings[name].quartiles_ms,
+                "bytes": work.bytes, "flops": work.flops, "floor_ms": floor,
+                "times_floor": timings[name].ms / floor,
+            }
+        )  # fmt: skip
+    return {
+        "target": target.name, "parameters": target.num_params,
+        "dtype": str(target.params["embed"].dtype), "context": context, "depth": depth,
+        "candidates": candidates, "device": jax.devices()[0].device_kind,
+        "cores": timing.cores(), "machine": dataclasses.asdict(machine), "rows": lines,
+        "splits": splits(timings), "drafts": comparisons(timings),
+    }  # fmt: skip
+
+
+# ---- printing ------------------------------------------------------------------------------------
+
+
+def _table(title: str, headings: str, rows: list[tuple]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for index, heading in enumerate(headings.split("|")):
+        table.add_column(heading.strip(), justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def print_report(report: dict, console: Console) -> None:
+    """The machine's limits, one line per call, the split of each round."""
+    limits, giga = report["machine"], 1e-9
+    console.print(
+        f"{report['target']}: {report['parameters'] / 1e6:.1f}M parameters, {report['dtype']}, "
+        f"context {report['context']}, depth {report['depth']}, {report['candidates']} candidates; "
+        f"{report['device']}, {report['cores']} cores"
+    )
+    for name, text in (
+        ("large", f"GB/s reading {timing.LARGE_BYTES >> 20} MiB"),
+        ("weights", "GB/s reading an array of the weights' size (floors below)"),
+        ("matmul", f"GFLOP/s float32, square {timing.MATMUL_SIZE}"),
+    ):
+        limit = limits[name]
+        console.print(f"  {giga * limit['per_second']:7.1f} {text} ({limit['method']})")
+    rows = [
+        (
+            r["what"], f"{r['ms']:.3f}", f"{r['quartiles_ms'][0]:.3f}-{r['quartiles_ms'][1]:.3f}",
+            f"{r['bytes'] / 1e6:.1f}", f"{r['flops'] / 1e6:.1f}", f"{r['floor_ms']:.3f}",
+            f"{r['times_floor']:.1f}x",
+        )
+        for r in report["rows"]
+    ]  # fmt: skip
+    headings = "what | ms | quartiles | MB read | MFLOP | floor ms | times floor"
+    console.print(_table("Median time against the floor", headings, rows))
+    rows = [
+        (
+            s["method"], f"{s['round_ms']:.3f}", f"{s['draft_ms']:.3f}", f"{s['verify_ms']:.3f}",
+            f"{100 * s['outside_share']:.0f}%",
+            "{:.0f}%..{:.0f}%".format(*(100 * q for q in s["outside_quartiles"])),
+        )
+        for s in report["splits"]
+    ]  # fmt: skip
+    headings = "round of | round ms | draft ms | verify ms | outside forwards | quartiles"
+    console.print(_table("Where a round's time goes", headings, rows))
+    for row in report["drafts"]:
+        console.print(
+            f"one FastEagle draft / one EAGLE-3 draft, {row['shape']}: "
+            "{:.2f} (quartiles {:.2f}-{:.2f})".format(
+                row["fasteagle_over_eagle3"], *row["quartiles"]
+            )
+        )
+
+
+def main(argv):
+    del argv
+    rows = sorted({int(r) for r in _ROWS.value})
+    if rows[0] < 1 or _DEPTH.value < 1 or _CANDIDATES.value < 2 or _CONTEXT.value < 1:
+        raise app.UsageError("rows, depth and context: at least 1; candidates: at least 2")
+    target = get_target(_TARGET.value, _DTYPE.value)
+    report = measure(
+        target, _CONTEXT.value, rows, _DEPTH.value, _CANDIDATES.value, _REPEATS.value,
+        _IN_A_ROW.value, _PROFILE.value,
+    )  # fmt: skip
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
+    print_report(report, console)
+    if _JSON.value:
+        pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,100 @@
+"""What every drafter recipe has in common; recipes change fields, never add code."""
+
+from ml_collections import ConfigDict
+
+# The paper's evaluation protocol: five tasks, temperature 0 and 1, batch 1.
+PAPER_TASKS = ("mt_bench", "humaneval", "gsm8k", "cnn_dm", "alpaca")
+
+
+def optimizer(learning_rate: float = 5e-5, warmup_steps: int = 100) -> ConfigDict:
+    """EAGLE-3's optimiser (AdamW 0.9/0.95, clip 0.5) under warm-up and cosine decay."""
+    cfg = ConfigDict()
+    cfg.name = "adamw"
+    cfg.learning_rate = learning_rate
+    cfg.muon_learning_rate = 2e-2  # read by name = "muon" only
+    cfg.warmup_steps = warmup_steps
+    cfg.final_lr_ratio = 0.05
+    cfg.b1 = 0.9
+    cfg.b2 = 0.95
+    cfg.weight_decay = 0.0
+    cfg.clip_norm = 0.5
+    return cfg
+
+
+def drafter(name: str, init: dict, tree: dict, budgets: tuple = ()) -> ConfigDict:
+    """One contender.
+
+    Args:
+      name: drafter family.
+      init: its fields (geometry, trained depth).
+      tree: the fields that shape its tree at the shared node budget.
+      budgets: trees that calibration may choose from instead.
+    """
+    cfg = ConfigDict()
+    cfg.drafter = name
+    cfg.init = ConfigDict(init)
+    cfg.tree = ConfigDict(tree)
+    cfg.budgets = tuple(dict(b) for b in budgets)
+    return cfg
+
+
+def base(name: str, preset: str) -> ConfigDict:
+    """A complete config for the built-in target; recipes start from it."""
+    config = ConfigDict()
+    config.name = name
+    config.experiment = "compare"
+    config.preset = preset
+    config.seed = 0
+    config.mesh = (-1, 1, 1)  # ("data", "fsdp", "tensor"); -1 takes what is left
+
+    config.target = ConfigDict()
+    config.target.name = "builtin"  # "builtin", a Hugging Face folder or a hub id
+    config.target.dtype = "float32"
+    config.target.scan_layers = False
+
+    config.data = ConfigDict()
+    config.data.prompts = "stdlib-train"  # prompt set whose continuations are the training data
+    config.data.data_dir = ""  # folder of local prompt sets
+    config.data.regenerate = True  # False: train on the given text as it stands
+    config.data.count = 512  # sequences
+    config.data.max_prompt_tokens = 96  # the last ones are kept
+    config.data.max_new_tokens = 160
+    config.data.temperature = 0.0
+    config.data.batch = 64
+    config.data.length = 256  # tokens of a training row
+    config.data.supervise_prompt = True
+
+    config.train = ConfigDict()
+    config.train.steps = 400
+    config.train.batch_size = 8
+    config.train.optimizer = optimizer()
+    config.train.loss = ConfigDict()
+    config.train.loss.ce = 1.0  # cross-entropy against the target's distribution
+    config.train.loss.feature = 0.0  # Smooth-L1 against the target's LM-head input
+    config.train.loss.decay = 0.8  # weight of depth i is decay^(i-1)
+    config.train.loss.chunk = 0  # rows of full-vocabulary logits held at once, 0 = all
+    config.train.log_every = 20
+    config.train.checkpoint_every = 200
+    config.train.tau_every = 100
+    config.train.tau_prompts = 8
+    config.train.tau_new_tokens = 48
+
+    config.eval = ConfigDict()
+    config.eval.tasks = ("stdlib",)
+    config.eval.temperatures = (0.0, 1.0)
+    config.eval.top_k = 0
+    config.eval.top_p = 1.0
+    config.eval.prompts = 40  # of each task, 0 = all
+    config.eval.max_new_tokens = 96
+    config.eval.max_prompt_tokens = 192
+    config.eval.repeats = 1
+    config.eval.batch = 1
+    config.eval.chat_template = ConfigDict({"use": False, "name": ""})  # "" = the tokenizer's own
+    config.eval.bootstrap = 1000
+
+    config.calibrate = ConfigDict()
+    config.calibrate.prompts = 8
+    config.calibrate.max_new_tokens = 48
+
+    config.drafters = ConfigDict()
+    return config

@@ -1,0 +1,94 @@
+"""Training sequences: given text, or prompts continued by the target itself, cached on disk."""
+
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from specjax import decoding
+from specjax.files import replacing
+from specjax.generation import collect, make_engine, start
+from specjax.models.target import Target
+from specjax.sampling import Sampling
+from specjax.training.progress import progress, say
+
+
+def _key(target: Target, prompts, settings: dict) -> str:
+    content = json.dumps([target.fingerprint, prompts, settings]).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def regenerate(
+    target: Target,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    batch: int,
+    folder: pathlib.Path,
+) -> list[tuple[list[int], int]]:
+    """(token ids, prompt length) of every prompt continued by the target.
+
+    Batches are decoded in order of prompt length and cached one file each, so an interrupted run
+    goes on where it stopped; a finished one is read back. The cache key covers the target's
+    weights, the prompts and the settings.
+    """
+    settings = {"new": max_new_tokens, "temperature": temperature, "seed": seed, "batch": batch}
+    folder = pathlib.Path(folder) / _key(target, prompts, settings)
+    folder.mkdir(parents=True, exist_ok=True)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+    engine, params = make_engine(target, None, Sampling(temperature))
+    result: list = [None] * len(prompts)
+    todo = [g for g in range(len(groups)) if not (folder / f"{g}.npz").is_file()]
+    if not todo:
+        say(f"data: {len(prompts)} continuations read from {folder}")
+    with progress("regenerate", len(groups), len(groups) - len(todo)) as advance:
+        for g, members in enumerate(groups):
+            path = folder / f"{g}.npz"
+            if g in todo:
+                filled = members + members[:1] * (batch - len(members))  # one compiled shape
+                rows = [prompts[i] for i in filled]
+                state = start(engine, params, rows, max_new_tokens, seed=seed + g)
+                new, _ = collect(decoding.run_host(engine, params, state))
+                new = new[: len(members)]
+                with replacing(path) as temporary, open(temporary, "wb") as file:
+                    np.savez(file, tokens=np.concatenate(new), lengths=[len(t) for t in new])
+                advance()
+            with np.load(path) as stored:
+                pieces = np.split(stored["tokens"], np.cumsum(stored["lengths"])[:-1])
+            for i, piece in zip(members, pieces, strict=True):
+                result[i] = (prompts[i] + piece.tolist(), len(prompts[i]))
+    return result
+
+
+def pad_rows(
+    sequences: list[tuple[list[int], int]], length: int, supervise_prompt: bool
+) -> dict[str, np.ndarray]:
+    """{"tokens": RxT int32, "supervised": RxT bool} of sequences cut or padded to `length`."""
+    tokens = np.zeros((len(sequences), length), np.int32)
+    supervised = np.zeros((len(sequences), length), bool)
+    for row, mask, (ids, prompt) in zip(tokens, supervised, sequences, strict=True):
+        ids = ids[:length]
+        row[: len(ids)] = ids
+        mask[0 if supervise_prompt else prompt : len(ids)] = True
+    return {"tokens": tokens, "supervised": supervised}
+
+
+class Rows:
+    """Batches of padded rows, reshuffled every epoch; a pure function of the step."""
+
+    def __init__(self, rows: dict[str, np.ndarray], batch: int, seed: int):
+        self.rows, self.size, self.seed = rows, batch, seed
+        self.count = len(rows["tokens"])
+        if self.count < batch:
+            raise ValueError(f"data: {self.count} sequences are fewer than batch_size {batch}")
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """Rows step*size.. of the endless shuffled stream."""
+        picks = []
+        for index in range(step * self.size, (step + 1) * self.size):
+            epoch, place = divmod(index, self.count)
+            picks.append(np.random.default_rng((self.seed, epoch)).permutation(self.count)[place])
+        return {name: array[picks] for name, array in self.rows.items()}

@@ -1,0 +1,1 @@
+"""Training objectives: pure functions of teacher and student, one idea a file."""

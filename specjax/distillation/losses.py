@@ -1,0 +1,67 @@
+"""Layer-wise supervision of a drafter: label-aligned weights and per-depth divergences.
+
+Index convention, everywhere: row t holds (features g_t, embedding of x_{t+1}); depth i = 1..N
+drafts x_{t+1+i}; its teacher is the target's distribution at position t+i.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def shift(x_BxT, offset: int):
+    """x[:, t + offset] at t, zeros where that runs off the end. Trailing axes are kept."""
+    padding = [(0, 0), (0, offset)] + [(0, 0)] * (x_BxT.ndim - 2)
+    return jnp.pad(x_BxT[:, offset:], padding)
+
+
+def label_weights(supervised_BxT, depths: int):
+    """weight_BxTxN: 1 where depth i's label, token x_{t+1+i}, exists and is supervised.
+
+    The mask follows the label, not the row: row t at depth i counts by token t+1+i. (Leaving it
+    unshifted is the commonest bug in released trainers.)
+    """
+    weights = [shift(supervised_BxT, 1 + i) for i in range(1, depths + 1)]
+    return jnp.stack(weights, axis=-1).astype(jnp.float32)
+
+
+def cross_entropy(teacher_logits, student_logits):
+    """-sum_v p(v) log q(v) over the last axis, in nats: forward KL plus the teacher's entropy."""
+    teacher = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32))
+    return -jnp.sum(teacher * jax.nn.log_softmax(student_logits.astype(jnp.float32)), axis=-1)
+
+
+def smooth_l1(student, teacher):
+    """Mean over the last axis of the Huber loss with threshold 1."""
+    teacher = jax.lax.stop_gradient(teacher)
+    return jnp.mean(optax.losses.huber_loss(student, teacher, delta=1.0), axis=-1)
+
+
+def depth_weights(depths: int, decay: float):
+    """decay^(i-1) for depth i."""
+    return decay ** jnp.arange(depths, dtype=jnp.float32)
+
+
+def chunked(rows_fn: Callable, length: int, chunk: int):
+    """Sums `rows_fn(start, size)` over the rows 0..length in chunks.
+
+    Without chunks (0) the rows are one piece and nothing is recomputed. With them, each chunk is
+    rematerialised in the backward pass, so that full-vocabulary logits exist for `chunk` rows only.
+
+    Raises:
+      ValueError: the chunk does not divide the length.
+    """
+    if not chunk or chunk >= length:
+        return rows_fn(0, length)
+    if length % chunk:
+        raise ValueError(f"loss.chunk: {chunk} does not divide {length} rows")
+    body = jax.checkpoint(lambda start: rows_fn(start, chunk))
+
+    def step(total, start):
+        return jax.tree.map(jnp.add, total, body(start)), None
+
+    starts = jnp.arange(0, length, chunk)
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, starts[0]))
+    return jax.lax.scan(step, zero, starts)[0]

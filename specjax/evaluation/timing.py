@@ -1,0 +1,71 @@
+"""Where a round's time goes: draft, verify and the whole, as medians on the same states."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import decoding
+
+
+@dataclasses.dataclass(frozen=True)
+class RoundTimes:
+    """Milliseconds; `round` is the fused round, the others separate calls of its parts."""
+
+    draft: float
+    verify: float
+    round: float
+
+
+def _copy(tree):
+    return jax.block_until_ready(jax.tree.map(jnp.copy, tree))
+
+
+def _median_ms(prepare: Callable, call: Callable, repeats: int) -> float:
+    """Median milliseconds of call(prepare()); preparing is not timed."""
+    times = []
+    for _ in range(repeats):
+        argument = prepare()
+        started = time.perf_counter()
+        jax.block_until_ready(call(argument))
+        times.append(time.perf_counter() - started)
+    return 1e3 * float(np.median(times))
+
+
+def make_parts(engine):
+    """(draft, score) of an engine, jitted, each consuming the state it updates as a round does."""
+
+    def draft(params, drafter_state, rest):
+        return decoding.draft(engine, params, rest.replace(drafter=drafter_state))
+
+    def score(params, cache, tree):
+        return decoding.score(engine, params, cache, tree)
+
+    return jax.jit(draft, donate_argnums=1), jax.jit(score, donate_argnums=1)
+
+
+def time_round(engine, params, state, parts, repeats: int = 15) -> RoundTimes:
+    """Times the parts and the whole of one round.
+
+    Args:
+      engine, params, state: a state in the middle of decoding; it is copied, not consumed.
+      parts: from `make_parts(engine)`; jitted once and shared by all states.
+      repeats: timed calls of each, after one to warm up.
+    """
+    draft, score = parts
+    rest = state.replace(drafter=())
+    tree, _ = jax.block_until_ready(draft(params, _copy(state.drafter), rest))
+    jax.block_until_ready(score(params, _copy(state.cache), tree))
+    _copy(decoding.jit_round(engine, params, _copy(state)))
+    return RoundTimes(
+        draft=_median_ms(lambda: _copy(state.drafter), lambda ds: draft(params, ds, rest), repeats),
+        verify=_median_ms(
+            lambda: _copy(state.cache), lambda cache: score(params, cache, tree), repeats
+        ),
+        round=_median_ms(
+            lambda: _copy(state), lambda s: decoding.jit_round(engine, params, s), repeats
+        ),
+    )

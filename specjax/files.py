@@ -1,0 +1,44 @@
+"""Writing files so that a reader sees the old one or the new one, never half of it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; on a clean exit it takes the place of `path`.
+
+    The temporary file lies in the same folder, because a rename is atomic only within one file
+    system. Raises OSError naming `path` (a full disk, say) and then leaves the old file as it was
+    and no temporary file behind.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except OSError as error:
+        # A failed write knows its reason but not its file: the user needs both.
+        raise OSError(error.errno, f"could not write: {error.strerror}", str(path)) from error
+    finally:
+        with suppress(OSError):  # gone after a rename; never hide the error above
+            temporary.unlink()
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Replaces `path` with `text` (UTF-8) in one step, making its folder where needed."""
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_safetensors(path: str | os.PathLike, tensors: dict) -> None:
+    """Replaces `path` with a safetensors file of NumPy arrays in one step."""
+    from safetensors.numpy import save_file
+
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})

@@ -1,0 +1,98 @@
+"""Trains one drafter for one target: data in, trained parameters out, decode-time tau on the way."""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from specjax import decoding
+from specjax.generation import TrainedDrafter, collect, make_engine, start
+from specjax.models.target import Target
+from specjax.training import sharding
+from specjax.training.checkpoints import Checkpoints
+from specjax.training.loop import fit
+from specjax.training.metrics import MetricsLog
+from specjax.training.objective import drafter_loss
+from specjax.training.optimizers import make_optimizer
+from specjax.training.state import create, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingCost:
+    """What a drafter's training took."""
+
+    tokens: int
+    seconds: float
+
+
+def decode_tau(target: Target, drafter: TrainedDrafter, prompts, max_new_tokens: int) -> float:
+    """Tokens per round (prefill left out) of greedy decoding: what training is for."""
+    engine, params = make_engine(target, drafter, stop_tokens=())
+    state = start(engine, params, prompts, max_new_tokens)
+    _, accepts = collect(decoding.run_host(engine, params, state))
+    rounds = [count for row in accepts for count in row[1:]]
+    return float(np.mean(rounds))
+
+
+def train_drafter(
+    target: Target,
+    drafter: TrainedDrafter,
+    cfg: ConfigDict,
+    batch_fn,
+    tau_prompts,
+    folder,
+    metrics: MetricsLog,
+    label: str,
+    mesh,
+) -> tuple[TrainedDrafter, TrainingCost]:
+    """Trains (or resumes) and returns the drafter with what it cost.
+
+    Args:
+      cfg: steps, batch_size, optimizer, loss, logging and checkpoint intervals.
+      batch_fn: step -> {"tokens", "supervised"}, host arrays.
+      tau_prompts: held-out token-id prompts for decode-time tau.
+      folder: the run folder.
+      label: name in metrics and checkpoints.
+      mesh: parameters and batches are sharded over it.
+    """
+    definition = drafter.definition
+    trainable = {k: v for k, v in drafter.params.items() if k != "buffers"}
+    buffers = drafter.params.get("buffers", {})
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
+    state = create(trainable, optimizer)
+    state = jax.device_put(state, sharding.shardings(mesh, state))
+    frozen = {
+        "target": jax.device_put(target.params, sharding.shardings(mesh, target.params)),
+        "buffers": jax.device_put(buffers, sharding.replicated(mesh)),
+    }
+
+    def loss_fn(params, frozen, batch, step):
+        return drafter_loss(definition, cfg.loss, params, frozen, batch)
+
+    def place(step):
+        return jax.device_put(batch_fn(step), sharding.batch_sharding(mesh))
+
+    def with_params(params):
+        params = params | ({"buffers": buffers} if buffers else {})
+        return dataclasses.replace(drafter, params=params)
+
+    def evaluate(state):
+        # The state is donated to the next step: decode with a copy of its parameters.
+        params = jax.tree.map(lambda w: jax.device_put(w.copy()), state.params)
+        return {"tau": decode_tau(target, with_params(params), tau_prompts, cfg.tau_new_tokens)}
+
+    rows = batch_fn(0)["tokens"]
+    tokens_per_step = int(rows.shape[0] * rows.shape[1])
+    checkpoints = Checkpoints(folder / "checkpoints" / label.replace("/", "-"))
+    started = time.perf_counter()
+    state = fit(
+        f"train/{label}", state, frozen, make_step(loss_fn, optimizer), place, cfg.steps,
+        checkpoints=checkpoints, checkpoint_every=cfg.checkpoint_every, metrics=metrics,
+        log_every=cfg.log_every, evaluate=evaluate if cfg.tau_every else None,
+        evaluate_every=cfg.tau_every, tokens_per_step=tokens_per_step,
+    )  # fmt: skip
+    checkpoints.close()
+    cost = TrainingCost(cfg.steps * tokens_per_step, time.perf_counter() - started)
+    return with_params(state.params), cost
