@@ -7,13 +7,13 @@ with drafters trained on half a million conversations. The built-in preset train
 hundred thousand tokens and expects tau near 3 (see the README for the table it prints).
 
 Commands:
-  python -m experiments.main --config=configs/fasteagle.py            built-in target, minutes on CPU
-  python -m experiments.main --config=configs/fasteagle.py:smoke      all of it, small, for CI
+  python -m experiments.main --config=configs/fasteagle.py          built-in target, minutes on CPU
+  python -m experiments.main --config=configs/fasteagle.py:smoke    all of it, small, for CI
   python -m experiments.main --config=configs/fasteagle.py:llama31_8b --config.data.data_dir=DIR
 
-Presets for published targets (qwen3_0p6b, llama31_8b, llama33_70b, vicuna_13b, r1_distill_8b) follow
-the paper's protocol: MT-Bench, HumanEval, GSM8K, CNN/DM, Alpaca at temperature 0 and 1, N = 7, a
-tree of 57 rows (8 candidates a level) against EAGLE-3's 60-row dynamic tree.
+Presets for published targets (qwen3_0p6b, llama31_8b, llama33_70b, vicuna_13b, r1_distill_8b)
+follow the paper's protocol: MT-Bench, HumanEval, GSM8K, CNN/DM, Alpaca at temperature 0 and 1,
+N = 7, a tree of 57 rows (8 candidates a level) against EAGLE-3's dynamic tree of as many rows.
 """
 
 from ml_collections import ConfigDict

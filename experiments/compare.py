@@ -1,5 +1,6 @@
 """Train every drafter of a config for one target, decode with all of them, write the run folder."""
 
+import os
 import platform
 import time
 
@@ -79,7 +80,8 @@ def train_all(config, target, rows, tau_prompts, folder, metrics, mesh) -> list[
         ids = frequent_tokens(rows, size) if size else None
         drafter = init_drafter(cfg.drafter, target, config.seed, vocab_ids=ids, **init)
         say(
-            f"{name}: {drafter.num_params / 1e6:.2f}M parameters, target {target.num_params / 1e6:.2f}M"
+            f"{name}: {drafter.num_params / 1e6:.2f}M parameters, "
+            f"target {target.num_params / 1e6:.2f}M"
         )
         stream = Rows(rows, config.train.batch_size, config.seed)
         drafter, cost = train_drafter(
@@ -131,10 +133,9 @@ def versions() -> dict[str, str]:
 def device_name() -> str:
     """The machine class that numbers were measured on."""
     device = jax.devices()[0]
-    import os
-
     cores = f", {os.cpu_count()} cores" if device.platform == "cpu" else ""
-    return f"{jax.device_count()} x {device.device_kind} ({device.platform}, {platform.machine()}{cores})"
+    where = f"{device.platform}, {platform.machine()}{cores}"
+    return f"{jax.device_count()} x {device.device_kind} ({where})"
 
 
 def compare(config: ConfigDict, folder) -> dict:
@@ -213,7 +214,8 @@ def compare(config: ConfigDict, folder) -> dict:
         say(note)
     print_table(results)
     say(
-        f"{folder / 'report.html'} and results.json written; {duration(time.perf_counter() - started)} in all"
+        f"{folder / 'report.html'} and results.json written; "
+        f"{duration(time.perf_counter() - started)} in all"
     )
     return header | {"rows": results}
 

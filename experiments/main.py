@@ -1,4 +1,7 @@
-"""python -m experiments.main --config=configs/NAME.py[:preset] [--workdir=DIR] [--config.field=value]"""
+"""Runs a recipe.
+
+python -m experiments.main --config=configs/NAME.py[:preset] [--workdir=DIR] [--config.field=value]
+"""
 
 import importlib
 

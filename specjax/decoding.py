@@ -195,7 +195,8 @@ def prefill(engine: Engine, params, tokens_BxP, prompts_B, limits_B, keys_B, slo
     first_B = jax.vmap(lambda k, row: draw(k, row, engine.sampling))(first_keys, logits_BxV)
     tokens_BxS = jnp.zeros((B, slots), jnp.int32).at[:, :P].set(tokens_BxP)
     tokens_BxS = jax.vmap(lambda row, n, t: row.at[n].set(t))(tokens_BxS, prompts_B, first_B)
-    following = tokens_BxS[:, 1 : P + 1]  # row p's next token
+    following = jnp.pad(tokens_BxP[:, 1:], ((0, 0), (0, 1)))  # row p's next token
+    following = jax.vmap(lambda row, n, t: row.at[n - 1].set(t))(following, prompts_B, first_B)
     drafter_state = engine.drafter.prefill(
         params["drafter"],
         target,

@@ -38,7 +38,11 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_safetensors(path: str | os.PathLike, tensors: dict) -> None:
     """Replaces `path` with a safetensors file of NumPy arrays in one step."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    try:
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:  # what it makes of a full disk, without the file's name
+        raise OSError(f"{path}: could not write: {error}") from error

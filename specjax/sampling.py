@@ -10,6 +10,9 @@ import math
 import jax
 import jax.numpy as jnp
 
+# Logits divided by it still fit float32.
+SMALLEST_TEMPERATURE = 1e-30
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -25,8 +28,13 @@ class Sampling:
     def __post_init__(self):
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise ValueError(f"temperature: {self.temperature} must be a finite number >= 0")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: {self.top_k} must be >= 0 (0 is off)")
+        if 0 < self.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"temperature: {self.temperature} would overflow the logits; use 0 (greedy) or at "
+                f"least {SMALLEST_TEMPERATURE}"
+            )
+        if not (self.top_k >= 0 and self.top_k % 1 == 0):
+            raise ValueError(f"top_k: {self.top_k} must be a whole number >= 0 (0 is off)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} must be in (0, 1] (1 is off)")
 
@@ -53,7 +61,8 @@ def argmax(x, axis: int = -1):
 def top_candidates(scores, count: int):
     """(values, int32 indices) of the `count` largest along the last axis, first index on ties.
 
-    Repeated argmax: for the few candidates of a draft it beats a sort.
+    Repeated argmax: for the few candidates of a draft it beats a sort. Scores must be finite:
+    -inf marks what was already taken.
     """
     values, indices = [], []
     index = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
@@ -94,12 +103,15 @@ def filtered_probs(logits_V, sampling: Sampling):
     """
     if sampling.greedy:
         return jax.nn.one_hot(argmax(logits_V), logits_V.shape[-1], dtype=jnp.float32)
-    scaled_V = logits_V.astype(jnp.float32) / sampling.temperature
+    logits_V = logits_V.astype(jnp.float32)
     if 0 < sampling.top_k < logits_V.shape[-1]:
-        keys_V = _ordered_bits(scaled_V)
+        keys_V = _ordered_bits(logits_V)
         kth = _largest_threshold(keys_V, lambda keep: jnp.sum(keep) >= sampling.top_k)
-        scaled_V = jnp.where(keys_V >= kth, scaled_V, -jnp.inf)
-    probs_V = jax.nn.softmax(scaled_V)
+        logits_V = jnp.where(keys_V >= kth, logits_V, -jnp.inf)
+    # The maximum goes first: a compiler that fuses x / T - max(x / T) into one rounding leaves
+    # the maximum itself off zero, and at a low temperature far enough off to overflow exp.
+    weights_V = jnp.exp((logits_V - jnp.max(logits_V)) / sampling.temperature)
+    probs_V = weights_V / jnp.sum(weights_V)
     if sampling.top_p < 1:
         keys_V = _ordered_bits(probs_V)
 

@@ -117,7 +117,7 @@ def backbone(depth: int, candidates: int) -> Topology:
 
 
 def paths(static_paths) -> Topology:
-    """A tree from a list of rank paths, e.g. [(0,), (1,), (0, 0)]: each is a node, its prefixes too.
+    """A tree from rank paths, e.g. [(0,), (1,), (0, 0)]: each is a node, and so are its prefixes.
 
     Rows are ordered by depth, then rank path.
 

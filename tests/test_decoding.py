@@ -48,17 +48,19 @@ def continuations(target):
     return greedy_continuations(target, BATCH, 30)
 
 
-def tables(shape, continuations, seed=0):
-    """(truth, goal) for BATCH: the true continuation, and goals drawn at random."""
-    rng = np.random.default_rng(seed)
+def tables(shape, continuations):
+    """(truth, goal) for BATCH: the true continuation, and goals that visit every row in turn."""
     truth = np.zeros((len(BATCH), SLOTS), int)
-    for row, prompt, more in zip(truth, BATCH, continuations, strict=True):
-        row[: len(prompt) + len(more)] = prompt + more
-    if shape is not None:
-        return truth, rng.integers(shape.nodes, size=truth.shape)
-    rows = [np.flatnonzero(v) for v in VALID]
-    goal = [[rng.choice(rows[n % len(rows)]) for n in range(SLOTS)] for _ in BATCH]
-    return truth, np.array(goal)
+    goal = np.zeros((len(BATCH), SLOTS), int)
+    size = shape.nodes if shape else len(TREES[0])
+    turns = itertools.cycle(np.random.default_rng(0).permutation(size).tolist())
+    for b, (prompt, more) in enumerate(zip(BATCH, continuations, strict=True)):
+        truth[b, : len(prompt) + len(more)] = prompt + more
+        n = len(prompt) + 1
+        while n < SLOTS:
+            goal[b, n] = next(t for t in turns if shape or VALID[n % len(VALID)][t])
+            n += int(shape_at(shape, n).depth_T[goal[b, n]]) + 1
+    return truth, goal
 
 
 def shape_at(shape, n):

@@ -55,7 +55,7 @@ def test_static_properties(parents):
 
 
 def test_trees_built_on_the_device_equal_static_ones():
-    T, width = 17, 16
+    T, width = 9, 8
     random = np.random.RandomState(1)
     batch = [random_parents(random, T) for _ in range(30)] + [chain(T - 1).parents]
     parents = jnp.array(batch, jnp.int32)

@@ -46,7 +46,8 @@ class Checkpoints:
             except Exception as error:  # orbax raises many kinds; each means: not this one
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 say(
-                    f"checkpoint {self.folder / str(step)} is damaged, trying an older one: {reason}"
+                    f"checkpoint {self.folder / str(step)} is damaged, "
+                    f"trying an older one: {reason}"
                 )
                 self._manager.delete(step)
         return None

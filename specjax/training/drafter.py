@@ -1,4 +1,4 @@
-"""Trains one drafter for one target: data in, trained parameters out, decode-time tau on the way."""
+"""Trains one drafter for one target, with decode-time tau on the way."""
 
 import dataclasses
 import time

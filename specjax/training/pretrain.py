@@ -77,15 +77,14 @@ def pretrain(config: ConfigDict, folder):
     checkpoints = Checkpoints(folder / "checkpoints" / "pretrain")
     metrics = MetricsLog(folder / "metrics.jsonl")
     started, before = time.time(), 0
-    evaluate = (
-        lambda s: {  # noqa: E731
-            "bits_per_byte": bits_per_byte(
-                s.params, model, held_stream[:60_000], held_bytes * 60_000 / len(held_stream), 512
-            )
+    sample = min(len(held_stream), 60_000)
+
+    def evaluate(state):
+        part = held_bytes * sample / len(held_stream)
+        return {
+            "bits_per_byte": bits_per_byte(state.params, model, held_stream[:sample], part, 512)
         }
-    )
-    if len(held_stream) < 60_000:
-        evaluate = None
+
     for i, (length, size, steps) in enumerate(
         zip(config.lengths, config.batch_sizes, config.stage_steps, strict=True)
     ):

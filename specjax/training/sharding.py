@@ -1,4 +1,4 @@
-"""Sharding is data: ordered (regex over parameter path -> PartitionSpec) rules, strictly applied."""
+"""Sharding is data: ordered (regex over path -> PartitionSpec) rules, strictly applied."""
 
 import re
 from collections.abc import Sequence
@@ -39,6 +39,8 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices=None) -> Mesh:
         raise ValueError(
             f"mesh: {tuple(shape)} must have {len(AXES)} entries, one for each of {AXES}"
         )
+    if any(n < 1 and n != -1 for n in shape) or shape.count(-1) > 1:
+        raise ValueError(f"mesh: {tuple(shape)} must hold positive numbers and at most one -1")
     if -1 in shape:
         rest = int(np.prod([n for n in shape if n != -1]))
         shape[shape.index(-1)] = len(devices) // rest

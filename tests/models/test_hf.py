@@ -327,20 +327,21 @@ def test_pickles_are_never_loaded(folder, tmp_path):
     fails(folder, "model.safetensors", "missing", error=FileNotFoundError)
 
 
-def test_a_failed_save_leaves_the_old_file_whole(folder, tmp_path, monkeypatch):
+def test_a_failed_save_leaves_the_old_files_whole(folder, tmp_path):
+    """A disk that fills up half-way, played by the limit on a file's size."""
+    resource = pytest.importorskip("resource")
     config = read_config(folder)
     params = load_params(folder, config)
     save_target(tmp_path / "out", config, params)
     before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
-
-    def full_disk(tensors, path, metadata=None):
-        with open(path, "wb") as file:
-            file.write(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("specjax.models.hf.save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        save_target(tmp_path / "out", config, jax.tree.map(lambda w: w + 1, params))
+    more = jax.tree.map(lambda w: w + 1, params)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="model.safetensors"):
+            save_target(tmp_path / "out", config, more)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 

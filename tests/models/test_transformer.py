@@ -21,10 +21,10 @@ from specjax.models.transformer import (
 )
 from specjax.trees import chain, paths, visible_from_parents
 
-# Biases, query/key norm, grouped heads and an odd head size at once; four layers.
-RAW = FAMILIES["qwen3-untied"] | {"num_hidden_layers": 4, "rope_theta": 10000.0}
+# Biases, query/key norm, grouped heads and an odd head size at once.
+RAW = FAMILIES["qwen3-untied"] | {"num_hidden_layers": 3, "rope_theta": 10000.0}
 TENSORS = weights(RAW, seed=5)
-TAPS = (3, 0, 2)
+TAPS = (2, 0)
 B, N, SLOTS = 3, 24, 40  # rows and length of the uncached runs, cache slots
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 MASKED = (np.arange(N) * 7 % 11)[:, None] >= (np.arange(N) * 7 % 11)  # any reflexive relation
@@ -76,25 +76,25 @@ def test_logits_and_taps_agree_with_numpy(model, form):
         np.testing.assert_allclose(logits[b], expected, **CLOSE)
         taps_b = np.concatenate([entering[i] for i in TAPS], axis=-1)
         np.testing.assert_allclose(taps[b], taps_b, **CLOSE)
-    assert not np.allclose(entering[0], entering[2]) and not np.allclose(entering[2], entering[3])
+    assert not np.allclose(entering[0], entering[2]) and not np.allclose(entering[1], entering[2])
 
 
 def test_gradients_flow_from_the_past_only(model):
     config, params = model
     params, T = params["scanned"], 10
     tokens = np.random.RandomState(1).permutation(RAW["vocab_size"])[:T].astype(np.int32)
-    probe = np.random.RandomState(2).randn(config.hidden_size)
+    # Every token occurs once, so rows of embed are positions; default mask and positions.
+    push = np.zeros((T, *params["embed"].shape), np.float32)
+    push[np.arange(T), tokens] = np.random.RandomState(2).randn(config.hidden_size)
 
     @jax.jit
-    @functools.partial(jax.vmap, in_axes=(None, 0))
-    @jax.grad
-    def gradient(embed, t):
-        # Default mask and positions; every token occurs once, so rows of embed are positions.
-        hidden = forward(params | {"embed": embed}, config, tokens[None]).hidden_BxTxD
-        return jnp.dot(hidden[0, t], probe)
+    @jax.vmap
+    def derivative(push):
+        hidden = lambda e: forward(params | {"embed": e}, config, tokens[None]).hidden_BxTxD  # noqa: E731
+        return jax.jvp(hidden, (params["embed"],), (push,))[1]
 
-    gradient_TxVxD = np.asarray(gradient(params["embed"], np.arange(T)))
-    influence_TxT = np.abs(gradient_TxVxD).max(-1)[:, tokens]
+    # influence[t, s]: how far row t moves when the embedding at position s is pushed
+    influence_TxT = np.abs(derivative(push)[:, 0]).max(-1).T
     assert (influence_TxT[np.tri(T, dtype=bool)] > 0).all()
     assert (influence_TxT[~np.tri(T, dtype=bool)] == 0).all()
     np.testing.assert_array_equal(causal_mask(T)[0], np.tri(T, dtype=bool))
@@ -198,10 +198,10 @@ def test_scanned_layers_equal_unrolled_ones(model):
 def test_rematerialisation_gives_the_same_gradients(model):
     config, params = model
     tokens = random_tokens(2, 8, seed=9)
-    short = params["unrolled"] | {"layers": params["unrolled"]["layers"][:2]}
+    short = params["unrolled"] | {"layers": params["unrolled"]["layers"][:1]}
 
     def loss(params, remat):
-        out = forward(params, config, tokens, remat=remat, taps=(1,))
+        out = forward(params, config, tokens, remat=remat, taps=(0,))
         logits = logits_of(params, out.hidden_BxTxD)
         return jax.nn.logsumexp(logits, axis=-1).mean() + (out.taps_BxTxM**2).mean()
 
@@ -235,6 +235,6 @@ def test_errors(model):
     with pytest.raises(ValueError, match="mask"):
         forward(params["unrolled"], config, tokens, cache=empty_cache(config, 1, 8))
     for form in params:
-        for tap in (4, -1):
+        for tap in (3, -1):
             with pytest.raises(ValueError, match=f"taps.*{tap}"):
                 forward(params[form], config, tokens, taps=(0, tap))

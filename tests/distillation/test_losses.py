@@ -1,0 +1,65 @@
+"""Losses against closed forms and slow loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from specjax.distillation import losses
+
+
+def test_label_weights_follow_the_label_token():
+    rng = np.random.default_rng(0)
+    supervised = rng.random((3, 9)) < 0.6
+    weights = np.asarray(losses.label_weights(jnp.asarray(supervised), 4))
+    for b in range(3):
+        for t in range(9):
+            for i in range(1, 5):
+                label = t + 1 + i
+                expected = label < 9 and supervised[b, label]
+                assert weights[b, t, i - 1] == expected
+
+
+def test_boundary_of_a_supervised_span():
+    # Tokens 3.. are the answer. Depth 1 of row 1 drafts token 3, the first supervised one.
+    supervised = jnp.asarray([[0, 0, 0, 1, 1, 1]], bool)
+    weights = np.asarray(losses.label_weights(supervised, 2))[0]
+    assert weights[:, 0].tolist() == [0, 1, 1, 1, 0, 0]
+    assert weights[:, 1].tolist() == [1, 1, 1, 0, 0, 0]
+
+
+def test_cross_entropy_gradient_is_student_minus_teacher():
+    keys = jax.random.split(jax.random.key(0), 2)
+    teacher, student = (3 * jax.random.normal(k, (5, 11)) for k in keys)
+    grad = jax.grad(lambda s: losses.cross_entropy(teacher, s).sum())(student)
+    expected = jax.nn.softmax(student) - jax.nn.softmax(teacher)
+    np.testing.assert_allclose(grad, expected, atol=1e-6)
+
+
+def test_teachers_get_no_gradient():
+    x = jax.random.normal(jax.random.key(1), (4, 7))
+    for loss in (losses.cross_entropy, lambda t, s: losses.smooth_l1(s, t)):
+        assert not np.any(jax.grad(lambda t: loss(t, 2 * x).sum())(x))  # noqa: B023
+
+
+def test_cross_entropy_survives_bfloat16_extremes():
+    logits = jnp.asarray([[1e4, -1e4, 0.0]], jnp.bfloat16)
+    assert np.isfinite(losses.cross_entropy(logits, -logits)).all()
+
+
+def test_chunks_change_nothing():
+    x = jax.random.normal(jax.random.key(2), (2, 12, 3))
+
+    def total(x, chunk):
+        rows = lambda s, n: jnp.sum(jax.lax.dynamic_slice_in_dim(x, s, n, 1) ** 3, (0, 1))  # noqa: E731
+        return losses.chunked(rows, 12, chunk).sum()
+
+    whole = jax.value_and_grad(total)(x, 0)
+    for chunk in (1, 3, 4, 12, 100):
+        for a, b in zip(whole, jax.value_and_grad(total)(x, chunk), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_chunk_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="loss.chunk: 5 does not divide 12"):
+        losses.chunked(lambda s, n: s, 12, 5)

@@ -1,0 +1,138 @@
+"""Resuming, falling back and stopping: what a training run must survive."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from specjax.training.checkpoints import Checkpoints
+from specjax.training.loop import fit
+from specjax.training.metrics import MetricsLog
+from specjax.training.state import create, make_step
+
+OPTIMIZER = optax.adam(0.1)
+
+
+def loss_fn(params, frozen, batch, step):
+    loss = jnp.mean((params["w"] * batch - frozen) ** 2)
+    return loss, {"w_mean": params["w"].mean()}
+
+
+STEP = make_step(loss_fn, OPTIMIZER)
+
+
+def batch(step):
+    return jnp.asarray(np.random.default_rng(step).normal(size=5), jnp.float32)
+
+
+def run(folder, steps, batch_fn=batch, every=3):
+    checkpoints = Checkpoints(folder / "checkpoints")
+    log = MetricsLog(folder / "metrics.jsonl")
+    state = create({"w": jnp.ones(5)}, OPTIMIZER)
+    return fit(
+        "train/x", state, jnp.float32(2.0), STEP, batch_fn, steps, checkpoints=checkpoints,
+        checkpoint_every=every, metrics=log, log_every=2, tokens_per_step=5,
+    )  # fmt: skip
+
+
+class Killed(Exception):
+    pass
+
+
+def test_a_resumed_run_is_bit_identical(tmp_path):
+    whole = run(tmp_path / "whole", 10)
+
+    def dies(step):
+        if step == 7:
+            raise Killed
+        return batch(step)
+
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", 10, dies)
+    resumed = run(tmp_path / "cut", 10)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+    rows = [
+        [(r["step"], r["loss"]) for r in MetricsLog(tmp_path / name / "metrics.jsonl").rows()]
+        for name in ("whole", "cut")
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(tmp_path, capsys):
+    whole = run(tmp_path / "whole", 9)
+    run(tmp_path / "cut", 6)
+    newest = tmp_path / "cut" / "checkpoints" / "6"
+    for path in newest.rglob("*"):
+        if path.is_file() and path.stat().st_size > 50:
+            path.write_bytes(path.read_bytes()[:10])
+    resumed = run(tmp_path / "cut", 9)
+    np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
+    said = capsys.readouterr().out
+    assert f"{newest} is damaged" in said and "resuming at step 3" in said
+
+
+def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
+    def poisoned(step):
+        return batch(step) * (jnp.nan if step == 4 else 1.0)
+
+    with pytest.raises(FloatingPointError, match="train/x: step 5: loss nan.*checkpoint: step 3"):
+        run(tmp_path, 10, poisoned)
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 3
+
+
+def test_metrics_drop_half_written_lines(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("a", 1, loss=1.0)
+    log.write("a", 2, loss=0.5)
+    log.write("b", 9, loss=0.1)
+    with log.path.open("a") as file:
+        file.write('{"step": 3, "sta')
+    log.rewind("a", 1)
+    assert [(r["stage"], r["step"]) for r in log.rows()] == [("a", 1), ("b", 9)]
+
+
+@pytest.mark.slow
+def test_sigkill_and_resume_is_bit_identical(tmp_path):
+    """The real recipe, killed with SIGKILL in the middle of training, then run again."""
+    root = pathlib.Path(__file__).resolve().parents[2]
+
+    def command(folder):
+        return [
+            sys.executable, "-m", "experiments.main", "--config=configs/fasteagle.py:smoke",
+            f"--workdir={folder}", "--config.train.steps=24", "--config.train.checkpoint_every=4",
+            "--config.train.tau_every=0", "--config.eval.prompts=1", "--config.data.count=8",
+            "--config.data.batch=8", "--config.eval.temperatures=(0.0,)",
+        ]  # fmt: skip
+
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    subprocess.run(command(whole), cwd=root, check=True, capture_output=True)
+    process = subprocess.Popen(
+        command(cut), cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    saved = cut / "checkpoints" / "fasteagle" / "8"
+    deadline = time.time() + 600
+    while not saved.is_dir():
+        assert process.poll() is None and time.time() < deadline, "never reached step 8"
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (cut / "results.json").exists()
+    subprocess.run(command(cut), cwd=root, check=True, capture_output=True)
+    for name in ("fasteagle", "eagle3"):
+        a, b = (f / "drafters" / name / "model.safetensors" for f in (whole, cut))
+        assert a.read_bytes() == b.read_bytes()
+    losses = [
+        [(r["stage"], r["step"], r["loss"]) for r in map(json.loads, lines) if "loss" in r]
+        for lines in ((f / "metrics.jsonl").read_text().splitlines() for f in (whole, cut))
+    ]
+    assert losses[0] == losses[1]

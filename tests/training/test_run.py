@@ -1,0 +1,76 @@
+"""Run folders and recipes."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import builtin_target, eagle3, fasteagle
+from specjax.data.regenerate import Rows, pad_rows
+from specjax.data.windows import Windows
+from specjax.training.run import open_run
+
+
+def test_config_is_recorded_and_reopened(tmp_path):
+    config = fasteagle.get_config("smoke")
+    folder = open_run(str(tmp_path / "run"), config, {"train.steps": 20})
+    record = json.loads((folder / "config.json").read_text())
+    assert record["config"]["train"]["steps"] == 20
+    assert record["overrides"] == {"train.steps": 20}
+    assert open_run(str(folder), config) == folder
+
+
+def test_a_folder_of_another_config_is_refused_by_field(tmp_path):
+    config = fasteagle.get_config("smoke")
+    open_run(str(tmp_path), config)
+    config.train.steps = 21
+    with pytest.raises(ValueError, match="another config's run.*train.steps: 20 there, 21 now"):
+        open_run(str(tmp_path), config)
+
+
+def test_a_folder_with_a_broken_config_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: not a run's config"):
+        open_run(str(tmp_path), fasteagle.get_config("smoke"))
+
+
+@pytest.mark.parametrize("recipe", [fasteagle, eagle3])
+@pytest.mark.parametrize("preset", ["", "smoke", *fasteagle.PUBLISHED])
+def test_every_preset_builds(recipe, preset):
+    config = recipe.get_config(preset)
+    assert config.drafters and config.eval.temperatures == (0.0, 1.0)
+    json.dumps(config.to_dict())
+
+
+def test_configs_are_locked_and_presets_are_named():
+    config = fasteagle.get_config()
+    config.lock()
+    with pytest.raises(AttributeError, match="stepz"):
+        config.train.stepz = 3
+    with pytest.raises(TypeError):
+        config.train.steps = "many"
+    for recipe in (fasteagle, builtin_target):
+        with pytest.raises(ValueError, match="unknown preset 'nope'"):
+            recipe.get_config("nope")
+
+
+def test_windows_are_pure_and_cover_an_epoch():
+    stream = np.arange(1000, dtype=np.int32)
+    a, b = Windows(stream, 7, seed=3), Windows(stream, 7, seed=3)
+    np.testing.assert_array_equal(a.batch(11, 4), b.batch(11, 4))
+    starts = sorted(int(a.window(i)[0]) for i in range(a.per_epoch))
+    assert np.diff(starts).tolist() == [7] * (a.per_epoch - 1)
+    assert all(np.diff(w).tolist() == [1] * 6 for w in a.batch(0, 5))
+    with pytest.raises(ValueError, match="too few"):
+        Windows(stream[:10], 7)
+
+
+def test_rows_are_pure_and_masked():
+    rows = pad_rows([([5, 6, 7, 8], 2), ([1] * 9, 3)], 6, supervise_prompt=False)
+    assert rows["tokens"].tolist() == [[5, 6, 7, 8, 0, 0], [1] * 6]
+    assert rows["supervised"].tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1]]
+    stream = Rows(rows, 2, seed=0)
+    np.testing.assert_array_equal(stream.batch(5)["tokens"], stream.batch(5)["tokens"])
+    assert sorted(stream.batch(3)["tokens"][:, 0].tolist()) == [1, 5]
+    with pytest.raises(ValueError, match="fewer than batch_size"):
+        Rows(rows, 3, seed=0)
