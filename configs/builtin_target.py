@@ -37,7 +37,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.max_documents = 0  # 0: all of them
     config.lengths = (256, 1024)  # tokens a window, stage by stage
     config.batch_sizes = (8, 2)
-    config.stage_steps = (2200, 150)
+    config.stage_steps = (1600, 100)
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "muon"

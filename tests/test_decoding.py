@@ -33,8 +33,8 @@ TREES = [
 VALID = [[True] * 9, [True] * 8 + [False], [True] * 7 + [False] * 2]
 
 STOP = 7
-BATCH = [*PROMPTS, *PROMPTS[2:], [4, 0]]
-LIMITS = [24, 24, 17, 24, 18, 11, 23]
+BATCH = [*PROMPTS, *PROMPTS[2:], [4, 0], PROMPTS[2], PROMPTS[2], PROMPTS[0]]
+LIMITS = [24, 24, 17, 24, 18, 11, 23, 13, 15, 24]
 WIDTH, SLOTS = 40, 64
 
 
@@ -156,7 +156,8 @@ def test_counts_add_up(case):
 
 
 def test_one_compilation_for_all_rounds(case):
-    assert len(case.record) > 8
+    rounds = len(case.record) - 1
+    assert rounds > 6
     assert case.compilations == 1
 
 
@@ -383,5 +384,5 @@ def test_sampled_tokens_follow_the_target_s_joint_law(five, name):
     tokens = state.tokens_BxS[:, 2:5].tolist()
     law = exact_joint(five, prompt, sampling)
     assert laws.chi_square(Counter(map(tuple, tokens)), law) > 1e-3 / len(LAWS)
-    runs = Counter(emitted(state)[b][0] for b in range(REQUESTS))
-    assert len(runs) == (1 if kind == "vanilla" else 3)  # every acceptance length occurs
+    first = np.unique(state.emitted_BxR[:, 1])
+    assert len(first) == (1 if kind == "vanilla" else 3)  # every acceptance length occurs

@@ -54,7 +54,7 @@ def fit(
         metrics.rewind(stage, done)
     if done:
         say(f"{stage}: resuming at step {done} of {steps}")
-    last, pending = time.perf_counter(), None
+    last, counted, pending = time.perf_counter(), done, None
 
     def check(step, values):
         values = {k: float(v) for k, v in jax.device_get(values).items()}
@@ -76,17 +76,16 @@ def fit(
             final, due = step == steps, checkpoint_every and step % checkpoint_every == 0
             if metrics is not None and (step % log_every == 0 or final):
                 now_values, now = check(*pending), time.perf_counter()
-                span = (step - done - 1) % log_every + 1
-                rate = tokens_per_step * span / (now - last)
+                rate = tokens_per_step * (step - counted) / (now - last)
                 metrics.write(stage, step, **now_values, tokens_per_s=round(rate, 1))
-                last = now
+                last, counted = now, step
             if checkpoints is not None and (final or due):
                 check(*pending)
                 checkpoints.save(step, state)
-                last = time.perf_counter()
+                last, counted = time.perf_counter(), step
             if evaluate is not None and evaluate_every and (step % evaluate_every == 0 or final):
                 results = evaluate(state)
                 if metrics is not None:
                     metrics.write(stage, step, **results)
-                last = time.perf_counter()
+                last, counted = time.perf_counter(), step
     return state

@@ -1,0 +1,77 @@
+"""The compare experiment end to end on a tiny budget: what a run folder must hold."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import specjax
+from specjax.evaluation.results import ROW_KEYS, read_results
+from specjax.evaluation.spec_bench import compare_answers, read_answers
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+COMMAND = [
+    sys.executable, "-m", "experiments.main", "--config=configs/fasteagle.py:smoke",
+    "--config.train.steps=6", "--config.train.checkpoint_every=3", "--config.train.tau_every=6",
+    "--config.data.count=8", "--config.data.batch=8", "--config.eval.prompts=3",
+    "--config.eval.max_new_tokens=16",
+]  # fmt: skip
+
+
+def run(*arguments):
+    return subprocess.run(
+        [*COMMAND, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=900
+    )
+
+
+@pytest.mark.slow
+def test_a_run_folder_is_complete_and_resumes(tmp_path):
+    folder = tmp_path / "run"
+    first = run(f"--workdir={folder}")
+    assert first.returncode == 0, first.stderr
+    results = read_results(folder / "results.json")
+    methods = ["vanilla", "eagle3", "fasteagle", "eagle3/best", "fasteagle/best"]
+    for temperature in (0.0, 1.0):
+        rows = [r for r in results["rows"] if r["temperature"] == temperature]
+        assert sorted(r["method"] for r in rows) == sorted(methods)
+        assert all(list(r) == list(ROW_KEYS) for r in rows)
+    for row in results["rows"]:
+        verdict = row["lossless"]
+        if row["temperature"] == 0:
+            assert verdict["identical"] + verdict["ties"] == verdict["checked"] == 3
+        else:
+            assert verdict["kind"] == "distribution" and 0 <= verdict["p_value"] <= 1
+    vanilla = read_answers(folder / "answers" / "vanilla-temp-0.0.jsonl")
+    for method in methods[1:]:
+        name = f"{method.replace('/', '-')}-temp-0.0.jsonl"
+        assert compare_answers(vanilla, read_answers(folder / "answers" / name)).equal
+    page = (folder / "report.html").read_text()
+    assert "<svg" in page and "fasteagle/best" in page
+    assert json.loads((folder / "config.json").read_text())["overrides"]
+    assert any("tau" in json.loads(line) for line in (folder / "metrics.jsonl").open())
+
+    target = specjax.load_target("builtin")
+    drafter = specjax.load_drafter(folder / "drafters" / "fasteagle", target)
+    plain = specjax.generate(target, ["def main():\n"], max_new_tokens=20)
+    drafted = specjax.generate(target, ["def main():\n"], drafter, max_new_tokens=20)
+    assert plain.tokens == drafted.tokens
+
+    again = run(f"--workdir={folder}")
+    assert again.returncode == 0, again.stderr
+    assert "train/fasteagle: resuming at step 6 of 6" in again.stdout
+
+    other = run(f"--workdir={folder}", "--config.seed=1")
+    assert other.returncode != 0 and "seed: 0 there, 1 now" in other.stderr
+
+
+@pytest.mark.slow
+def test_bad_configs_name_their_field():
+    unknown = run("--config.train.stepz=3")
+    assert unknown.returncode != 0 and "stepz" in unknown.stderr
+    preset = subprocess.run(
+        [sys.executable, "-m", "experiments.main", "--config=configs/fasteagle.py:nope"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert preset.returncode != 0 and "unknown preset 'nope'" in preset.stderr
