@@ -56,17 +56,17 @@ def base(name: str, preset: str) -> ConfigDict:
     config.data.prompts = "stdlib-train"  # prompt set whose continuations are the training data
     config.data.data_dir = ""  # folder of local prompt sets
     config.data.regenerate = True  # False: train on the given text as it stands
-    config.data.count = 512  # sequences
+    config.data.count = 384  # sequences
     config.data.max_prompt_tokens = 96  # the last ones are kept
-    config.data.max_new_tokens = 160
+    config.data.max_new_tokens = 128
     config.data.temperature = 0.0
     config.data.batch = 64
-    config.data.length = 256  # tokens of a training row
+    config.data.length = 224  # tokens of a training row
     config.data.supervise_prompt = True
 
     config.train = ConfigDict()
-    config.train.steps = 400
-    config.train.batch_size = 8
+    config.train.steps = 240
+    config.train.batch_size = 4
     config.train.optimizer = optimizer()
     config.train.loss = ConfigDict()
     config.train.loss.ce = 1.0  # cross-entropy against the target's distribution
@@ -74,18 +74,18 @@ def base(name: str, preset: str) -> ConfigDict:
     config.train.loss.decay = 0.8  # weight of depth i is decay^(i-1)
     config.train.loss.chunk = 0  # rows of full-vocabulary logits held at once, 0 = all
     config.train.log_every = 20
-    config.train.checkpoint_every = 200
-    config.train.tau_every = 100
+    config.train.checkpoint_every = 120
+    config.train.tau_every = 120
     config.train.tau_prompts = 8
-    config.train.tau_new_tokens = 48
+    config.train.tau_new_tokens = 32
 
     config.eval = ConfigDict()
     config.eval.tasks = ("stdlib",)
     config.eval.temperatures = (0.0, 1.0)
     config.eval.top_k = 0
     config.eval.top_p = 1.0
-    config.eval.prompts = 40  # of each task, 0 = all
-    config.eval.max_new_tokens = 96
+    config.eval.prompts = 32  # of each task, 0 = all
+    config.eval.max_new_tokens = 64
     config.eval.max_prompt_tokens = 192
     config.eval.repeats = 1
     config.eval.batch = 1
@@ -94,7 +94,7 @@ def base(name: str, preset: str) -> ConfigDict:
 
     config.calibrate = ConfigDict()
     config.calibrate.prompts = 8
-    config.calibrate.max_new_tokens = 48
+    config.calibrate.max_new_tokens = 32
 
     config.drafters = ConfigDict()
     return config

@@ -14,7 +14,7 @@ from toys import PROMPTS, greedy_continuations, prefilled, run_recording, toy_ta
 
 import specjax
 from specjax import decoding
-from specjax.generation import make_engine
+from specjax.generation import make_engine, start
 from specjax.sampling import Sampling
 from specjax.trees import Topology, backbone, chain, paths
 
@@ -32,15 +32,15 @@ TREES = [
 ]
 VALID = [[True] * 9, [True] * 8 + [False], [True] * 7 + [False] * 2]
 
-STOP = 7
-BATCH = [*PROMPTS, *PROMPTS[2:], [4, 0], PROMPTS[2], PROMPTS[2], PROMPTS[0]]
+STOPS = (5, 11)
+BATCH = [*PROMPTS, PROMPTS[3], [4, 0], PROMPTS[3], PROMPTS[3], [4, 0], PROMPTS[1]]
 LIMITS = [24, 24, 17, 24, 18, 11, 23, 13, 15, 24]
 WIDTH, SLOTS = 40, 64
 
 
 @pytest.fixture(scope="module")
 def target():
-    return toy_target()
+    return toy_target(seed=34, num_layers=2)
 
 
 @pytest.fixture(scope="module")
@@ -79,15 +79,14 @@ class Case:
         self.shape, self.target = shape, target
         self.truth, self.goal = tables(shape, continuations)
         drafter = cheat_for(target, shape, self.truth, self.goal)
-        self.engine, self.params = make_engine(target, drafter, stop_tokens=(STOP,))
+        self.engine, self.params = make_engine(target, drafter, stop_tokens=STOPS)
         state = self.prefill(BATCH, LIMITS)
         compiled = decoding.jit_round._cache_size()
         state, self.record = run_recording(self.engine, self.params, state)
         self.compilations = decoding.jit_round._cache_size() - compiled
         self.final = self.record[-1]
         self.expected = [
-            truncated(more, limit, (STOP,))
-            for more, limit in zip(continuations, LIMITS, strict=True)
+            truncated(more, limit, STOPS) for more, limit in zip(continuations, LIMITS, strict=True)
         ]
 
     def prefill(self, prompts, limits, params=None, **options):
@@ -141,7 +140,7 @@ def test_every_round_accepts_what_it_should(case):
     size = len(TREES[0]) if case.shape is None else case.shape.nodes
     assert goals == set(range(size))
     cut = [
-        tokens[-1] == STOP
+        tokens[-1] in STOPS
         for tokens, rounds in zip(case.expected, schedules, strict=True)
         if rounds[-1][2] < rounds[-1][1] + 1
     ]
@@ -195,13 +194,15 @@ def test_committed_slots_are_never_written_again(case):
 
 def test_junk_beyond_the_lengths_does_not_matter(case):
     state = case.prefill(BATCH, LIMITS)
-    stale = jnp.arange(SLOTS) >= state.cache.lengths_B[:, None]
-    poison = lambda x: jnp.where(stale[:, None, :, None], 1e3, x)  # noqa: E731
+    stale = np.arange(SLOTS) >= np.array(state.cache.lengths_B)[:, None]
+    poison = lambda x: jnp.asarray(np.where(stale[:, None, :, None], np.float32(1e3), x))  # noqa: E731
     cache = state.cache.replace(
         k=tuple(map(poison, state.cache.k)), v=tuple(map(poison, state.cache.v))
     )
-    junk = jnp.where(jnp.arange(SLOTS) >= state.lengths_B[:, None], 3, state.tokens_BxS)
-    state = decoding.run_host(case.engine, case.params, state.replace(cache=cache, tokens_BxS=junk))
+    junk = np.where(np.arange(SLOTS) >= np.array(state.lengths_B)[:, None], 3, state.tokens_BxS)
+    state = decoding.run_host(
+        case.engine, case.params, state.replace(cache=cache, tokens_BxS=jnp.asarray(junk))
+    )
     assert new_tokens(jax.device_get(state)) == case.expected
     assert emitted(state) == emitted(case.final)
 
@@ -247,25 +248,23 @@ def shuffled(rng, parents):
 # ---- drivers and shapes of the batch -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["backbone", "paths"])
-def test_a_request_alone_on_the_device_driver(target, continuations, name):
-    """Batch 1 takes its own code paths, and a `while_loop` must do what the host loop does."""
-    case = Case(target, SHAPES[name], continuations)  # compiled above
-    for b in (1, 4):
-        params = case.params_with(
-            cheat_for(target, case.shape, case.truth[b : b + 1], case.goal[b : b + 1])
-        )
-        state = case.prefill([BATCH[b]], LIMITS[b], params)
+def test_a_request_alone(target, continuations):
+    """Batch 1 takes its own code paths through the cache."""
+    case = Case(target, SHAPES["backbone"], continuations)  # compiled above
+    for b in (0, 2, 4):
+        one = slice(b, b + 1)
+        params = case.params_with(cheat_for(target, case.shape, case.truth[one], case.goal[one]))
+        state = case.prefill(BATCH[one], LIMITS[b], params)
         state = jax.device_get(decoding.run_device(case.engine, params, state))
         assert new_tokens(state) == [case.expected[b]]
-        assert emitted(state) == emitted(case.final)[b : b + 1]
+        assert emitted(state) == emitted(case.final)[one]
         n = state.cache.lengths_B[0]
         for ours, theirs in zip(layers_of(state.cache), layers_of(case.final.cache), strict=True):
             np.testing.assert_allclose(ours[0, :, :n], theirs[b, :, :n], atol=1e-5)
 
 
 def test_the_two_drivers_agree_on_everything(target, continuations):
-    case = Case(target, SHAPES["backbone"], continuations)  # compiled above
+    case = Case(target, SHAPES["paths"], continuations)  # compiled above
     state = case.prefill(BATCH, LIMITS)
     device = jax.device_get(decoding.run_device(case.engine, case.params, state))
     host = case.final
@@ -286,8 +285,8 @@ def fasteagle(target):
 
 
 def test_the_caches_are_donated_whole(target, fasteagle):
-    engine, params = make_engine(target, fasteagle)
-    state = prefilled(engine, params, PROMPTS[:2], 8, 16, 32)
+    engine, params = make_engine(target, fasteagle, stop_tokens=STOPS)
+    state = start(engine, params, [[1, 2], [3]], 9)
     compiled = decoding.jit_round.lower(engine, params, state).compile()
     caches = [state.cache.k, state.cache.v, state.drafter.cache.k, state.drafter.cache.v]
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(caches))
@@ -299,15 +298,15 @@ def test_the_caches_are_donated_whole(target, fasteagle):
 
 def test_nothing_is_recompiled_inside_a_bucket(target, fasteagle):
     def compilations():
-        return decoding.jit_round._cache_size(), decoding.jit_prefill.func._cache_size()
+        return decoding.jit_round._cache_size(), decoding.jit_prefill._cache_size()
 
-    options = dict(max_new_tokens=9, stop_tokens=(STOP,))
+    options = dict(max_new_tokens=9, stop_tokens=STOPS)
     specjax.generate(target, [[1, 2], [3]], fasteagle, **options)
     warm = compilations()
     for prompts in ([[5, 6, 7], [8]], [[1] * 16, [9, 10]], [[0], [11] * 15]):
         specjax.generate(target, prompts, fasteagle, **options)
     specjax.generate(target, [[1, 2], [3]], fasteagle, seed=5, **options)
-    other = dataclasses.replace(fasteagle, params=jax.tree.map(jnp.copy, fasteagle.params))
+    other = dataclasses.replace(fasteagle, params=jax.device_put(jax.device_get(fasteagle.params)))
     specjax.generate(target, [[1, 2], [3]], other, **options)
     assert compilations() == warm
 
@@ -322,9 +321,8 @@ def test_truncate_against_plain_python(target):
     B, A = 400, 5
     counts, remaining = rng.integers(1, A + 1, B), rng.integers(1, 8, B)
     tokens = np.where(np.arange(A) < counts[:, None], rng.integers(0, 9, (B, A)), -1)
-    count_B, done_B = decoding.truncate(
-        engine, jnp.asarray(tokens), jnp.asarray(counts), jnp.asarray(remaining)
-    )
+    cut = jax.jit(decoding.truncate, static_argnums=0)
+    count_B, done_B = jax.device_get(cut(engine, tokens, counts, remaining))
     for row, n, left, count, done in zip(tokens, counts, remaining, count_B, done_B, strict=True):
         kept = truncated(row[:n].tolist(), left, stops)
         assert int(count) == len(kept)
@@ -333,11 +331,10 @@ def test_truncate_against_plain_python(target):
 
 # ---- the law of what is decoded ------------------------------------------------------------------
 
-REQUESTS, NEW = 16_384, 4
+REQUESTS, NEW = 8192, 4
 LAWS = {
     "vanilla-1.0": ("vanilla", Sampling(1.0)),
     "cheat-0.6": ("cheat", Sampling(0.6)),
-    "cheat-1.0": ("cheat", Sampling(1.0)),
     "cheat-1.3": ("cheat", Sampling(1.3)),
     "fasteagle-filtered": ("fasteagle", Sampling(1.0, 4, 0.9)),
 }
@@ -346,7 +343,7 @@ LAWS = {
 @pytest.fixture(scope="module")
 def five():
     """Five tokens: the joint law of three of them has 125 cells."""
-    return toy_target(vocab_size=5, seed=3)
+    return toy_target(vocab_size=5, num_layers=1)
 
 
 def exact_joint(target, prompt, sampling, length=3):
@@ -384,5 +381,4 @@ def test_sampled_tokens_follow_the_target_s_joint_law(five, name):
     tokens = state.tokens_BxS[:, 2:5].tolist()
     law = exact_joint(five, prompt, sampling)
     assert laws.chi_square(Counter(map(tuple, tokens)), law) > 1e-3 / len(LAWS)
-    first = np.unique(state.emitted_BxR[:, 1])
-    assert len(first) == (1 if kind == "vanilla" else 3)  # every acceptance length occurs
+    assert state.emitted_BxR.max() == {"vanilla": 1, "cheat": 3, "fasteagle": 2}[kind]

@@ -17,8 +17,6 @@ from specjax.drafters.features import (
     FeatureDrafter,
     FeatureState,
     MidLayer,
-    donor_layer,
-    fit_layer,
     last_rows,
 )
 from specjax.models.transformer import head_VxD
@@ -76,8 +74,7 @@ class Eagle3(FeatureDrafter):
         params = self.init_common(keys[0], target_params)
         x, mask = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
         rope = self.rope(jnp.zeros((1, 1), jnp.int32))
-        donor = donor_layer(target_params, self.target.num_layers - 1)
-        params["midlayer"] = fit_layer(keys[1], MidLayer(self.block), (x, x, rope, mask), donor)
+        params["midlayer"] = MidLayer(self.block).init(keys[1], x, x, rope, mask)["params"]
         params["head"] = self.init_head(target_params, self.vocab_ids(params))
         return params
 

@@ -6,7 +6,10 @@ token i places after the root. Nothing a layer drafts is fed back, so the drafte
 own tokens: no tree mask, no rollback, and training sees exactly what decoding sees.
 
 Our choices where the paper is silent: RMSNorm on g and e before the entry; one readout norm shared
-by all depths, started from the target's final norm; full head by default.
+by all depths, started from the target's final norm; full head by default. Embedding and head are
+the target's, frozen; the layers start at random: copies of the target's last layers, rescaled to
+the drafter's residual stream, trained no better on the built-in target (cross-entropy at depth 1
+after the same 120 steps: 3.97 nats against 3.74).
 """
 
 import dataclasses
@@ -19,8 +22,6 @@ from specjax.drafters.features import (
     FeatureDrafter,
     FeatureState,
     MidLayer,
-    donor_layer,
-    fit_layer,
     last_rows,
 )
 from specjax.models.layers import RMSNorm
@@ -72,27 +73,18 @@ class FastEagle(FeatureDrafter):
 
     def init(self, key, target_params):
         keys = jax.random.split(key, self.num_layers + 2)
-        D, L = self.target.hidden_size, self.target.num_layers
+        D = self.target.hidden_size
         params = self.init_common(keys[0], target_params)
         x, mask = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
         rope = self.rope(jnp.zeros((1, 1), jnp.int32))
-        # Layer i starts as one of the target's last layers, the last of them at the deepest.
-        donors = [
-            donor_layer(target_params, max(0, L - self.num_layers + i))
-            for i in range(self.num_layers)
-        ]
-        block = make_block(self.block)
-        layers = [
-            fit_layer(k, block, (x, rope, mask), donor)
-            for k, donor in zip(keys[2:], donors, strict=True)
-        ]
+        block, middle = make_block(self.block), MidLayer(self.block)
+        layers = [block.init(k, x, rope, mask)["params"] for k in keys[2:]]
         if self.entry == "fc2h":
-            noise = jax.random.normal(keys[1], (2 * D, D)) * (2 * D) ** -0.5
-            params["entry"] = noise
+            params["entry"] = jax.random.normal(keys[1], (2 * D, D)) * (2 * D) ** -0.5
             params["g_norm"] = {"scale": jnp.ones(D)}
             params["e_norm"] = {"scale": jnp.ones(D)}
         else:
-            layers[0] = fit_layer(keys[2], MidLayer(self.block), (x, x, rope, mask), donors[0])
+            layers[0] = middle.init(keys[2], x, x, rope, mask)["params"]
         return params | {"layers": layers}
 
     def head(self, params, target_params):

@@ -139,8 +139,19 @@ class FeatureDrafter(Drafter):
     # ---- shared pieces -----------------------------------------------------------------------
 
     def fuse(self, params, taps_BxTxM):
-        """g = FC(low, mid, high)."""
-        return linear(taps_BxTxM, params["fc"])
+        """g = FC(norm(low), norm(mid), norm(high)).
+
+        Residual streams grow by orders of magnitude over depth and between targets; one RMSNorm per
+        tap (EAGLE-3.1's fc_norm) makes the drafter's own weights start at one scale everywhere.
+        """
+        B, T, M = taps_BxTxM.shape
+        norm = RMSNorm(self.target.rms_norm_eps)
+        split = taps_BxTxM.reshape(B, T, len(self.taps), -1)
+        normed = [
+            norm.apply({"params": scale}, split[:, :, i])
+            for i, scale in enumerate(params["fc_norm"])
+        ]
+        return linear(jnp.concatenate(normed, axis=-1), params["fc"])
 
     def rope(self, positions_BxT):
         """RoPE tables at the rows' positions."""
@@ -163,6 +174,7 @@ class FeatureDrafter(Drafter):
         identity = jnp.concatenate([jnp.zeros(((taps - 1) * D, D)), jnp.eye(D)])
         params = {
             "fc": identity + noise,
+            "fc_norm": [{"scale": jnp.ones(D)} for _ in self.taps],
             "norm": {"scale": target_params["final_norm"]["scale"].astype(jnp.float32)},
         }
         if self.draft_vocab_size:
@@ -193,28 +205,3 @@ class FeatureDrafter(Drafter):
 def last_rows(hidden_BxAxD, counts_B):
     """The last valid row of each sequence: BxD."""
     return jax.vmap(lambda rows, n: rows[n - 1])(hidden_BxAxD, counts_B)
-
-
-def fit_layer(key, block: nn.Module, example, donor):
-    """Fresh layer parameters, each replaced by the donor target layer's where the shapes agree."""
-    fresh = block.init(key, *example)["params"]
-
-    def choose(path, value):
-        node = donor
-        for part in path:
-            if not isinstance(node, dict) or part.key not in node:
-                return value
-            node = node[part.key]
-        if getattr(node, "shape", None) == value.shape:
-            return jnp.asarray(node, jnp.float32)
-        return value
-
-    return jax.tree_util.tree_map_with_path(choose, fresh)
-
-
-def donor_layer(target_params, index: int):
-    """One target layer's parameters, from a list or a stack."""
-    layers = target_params["layers"]
-    if isinstance(layers, (list, tuple)):
-        return layers[index]
-    return jax.tree.map(lambda w: w[index], layers)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from specjax import decoding
-from specjax.evaluation.timing import make_parts, time_round
+from specjax.evaluation.timing import time_fused
 from specjax.generation import TrainedDrafter, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.training.progress import progress
@@ -50,8 +50,7 @@ def calibrate(
             _, accepts = collect(decoding.run_host(engine, params, state))
             rounds = [count for row in accepts for count in row[1:]]
             single = start(engine, params, list(prompts[:1]), max_new_tokens, slots=slots)
-            single = decoding.jit_round(engine, params, single)
-            round_ms = time_round(engine, params, single, make_parts(engine), 9).round
+            round_ms = time_fused(engine, params, single, repeats=15)
             definition = variant.definition
             trials.append(
                 Trial(budget, definition.nodes, definition.depth, float(np.mean(rounds)), round_ms)

@@ -26,6 +26,8 @@ _KERNELS = {
     "attn/o": ((-2,), (-1,)),
     "mlp/gate_up": ((-3,), (-2, -1)),
     "mlp/down": ((-2,), (-1,)),
+    "fc": ((-2,), (-1,)),  # drafters: feature fusion and cascade entry
+    "entry": ((-2,), (-1,)),
 }
 
 

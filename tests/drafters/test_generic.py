@@ -1,0 +1,277 @@
+"""What must hold for every drafter on every kind of tree it can draw up.
+
+A new drafter is tested by being listed in `DRAFTERS`; give it lines in `VARIANTS` where its default
+configuration is too large for the toy target or leaves some kind of tree untried.
+"""
+
+import dataclasses
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+from toys import (
+    PROMPTS,
+    greedy_continuations,
+    prefilled,
+    run_recording,
+    toy_target,
+    truncated,
+)
+
+import specjax
+from specjax import decoding
+from specjax.cache import KVCache
+from specjax.drafters.features import FeatureState
+from specjax.generation import make_engine
+from specjax.models.hf import Checkpoint
+from specjax.sampling import Sampling
+from specjax.verification import get_rule
+
+VARIANTS = {
+    "fasteagle": {
+        "chain": dict(num_layers=3),
+        "backbone": dict(num_layers=3, candidates=3, entry="wide_qkv"),
+    },
+    "eagle3": {
+        "chain": dict(steps=3),
+        "tree": dict(steps=3, top_k=3, total_nodes=9),
+    },
+}
+CASES = [
+    pytest.param((name, config), id=f"{name}-{label}")
+    for name in specjax.drafter_names()
+    for label, config in VARIANTS.get(name, {"default": {}}).items()
+]
+STOPS = (4, 9)
+LIMITS = [24, 24, 17, 23]
+WIDTH, SLOTS = 40, 64
+
+
+@pytest.fixture(scope="module")
+def target():
+    return toy_target()
+
+
+@pytest.fixture(scope="module")
+def expected(target):
+    """Plain greedy decoding, one full forward a token."""
+    endless = greedy_continuations(target, PROMPTS, max(LIMITS))
+    return [truncated(e, limit, STOPS) for e, limit in zip(endless, LIMITS, strict=True)]
+
+
+class Case:
+    """One drafter, and a ragged batch decoded with it, every round on record."""
+
+    def __init__(self, target, name, config):
+        self.target, self.name, self.config = target, name, config
+        self.drafter = specjax.init_drafter(name, target, seed=1, **config)
+        self.engine, self.params = make_engine(target, self.drafter, stop_tokens=STOPS)
+        state = self.prefill(PROMPTS, LIMITS)
+        compiled = decoding.jit_round._cache_size()
+        _, self.record = run_recording(self.engine, self.params, state)
+        self.compilations = decoding.jit_round._cache_size() - compiled
+        self.final = self.record[-1]
+
+    def prefill(self, prompts, limits, **options):
+        return prefilled(self.engine, self.params, prompts, limits, WIDTH, SLOTS, **options)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, target):
+    return Case(target, *request.param)
+
+
+def new_tokens(state):
+    return [
+        row[p:n].tolist()
+        for row, p, n in zip(state.tokens_BxS, state.prompts_B, state.lengths_B, strict=True)
+    ]
+
+
+def emitted(state):
+    return [[int(c) for c in row if c] for row in state.emitted_BxR]
+
+
+def drafter_caches(state):
+    """Every KVCache inside a drafter's state."""
+    is_cache = lambda x: isinstance(x, KVCache)  # noqa: E731
+    return [x for x in jax.tree.leaves(state.drafter, is_leaf=is_cache) if is_cache(x)]
+
+
+def committed_rows(cache):
+    """(request, layer's array, committed slots) for every layer and request."""
+    arrays = jax.tree.leaves((cache.k, cache.v))
+    return [(b, array, n) for array in arrays for b, n in enumerate(cache.lengths_B)]
+
+
+# ---- what comes out ------------------------------------------------------------------------------
+
+
+def test_greedy_output_is_the_target_s_own(case, expected):
+    assert new_tokens(case.final) == expected
+    assert any(tokens[-1] in STOPS for tokens in expected)  # some stop, some run to the limit
+    assert any(len(tokens) == limit for tokens, limit in zip(expected, LIMITS, strict=True))
+
+
+def test_something_is_accepted(case):
+    """Otherwise most of these tests would say little: choose another entry in VARIANTS."""
+    counts = [c for row in emitted(case.final) for c in row]
+    assert max(counts) > 1
+    assert max(counts) <= case.engine.drafter.depth + 1
+
+
+def test_counts_add_up(case):
+    for state in case.record:
+        np.testing.assert_array_equal(
+            state.emitted_BxR.sum(1) + 1, state.lengths_B - state.prompts_B
+        )
+
+
+def picked(state, order):
+    """The same requests in another batch; on the host, so that nothing is compiled for it."""
+    host = jax.device_get(state.replace(keys_B=jax.random.key_data(state.keys_B)))
+    host = jax.device_put(jax.tree.map(lambda x: x[np.array(order)], host))
+    return host.replace(keys_B=jax.random.wrap_key_data(host.keys_B))
+
+
+def test_a_request_alone_gives_what_it_gives_in_a_batch(case, expected):
+    """Batch 1, and the `while_loop` driver in place of the host's."""
+    start = case.prefill(PROMPTS, LIMITS)
+    for b in range(len(PROMPTS)):
+        state = decoding.run_device(case.engine, case.params, picked(start, [b]))
+        state = jax.device_get(state.replace(keys_B=None))
+        assert new_tokens(state) == [expected[b]]
+        assert emitted(state) == [emitted(case.final)[b]]
+
+
+def test_sampled_requests_do_not_see_their_neighbours(case):
+    """Noise belongs to the request: another place, other company, the same tokens."""
+    if case.name in VARIANTS and case.engine.drafter.nodes == case.engine.drafter.depth + 1:
+        pytest.skip("its tree stands for its chain here: every case costs seconds of compiling")
+    engine = dataclasses.replace(case.engine, rule=get_rule("match"), sampling=Sampling(0.9))
+    start = case.prefill(PROMPTS, LIMITS)
+
+    def run(order):
+        state = decoding.run_host(engine, case.params, picked(start, order))
+        state = jax.device_get(state.replace(keys_B=None))
+        return new_tokens(state), emitted(state)
+
+    tokens, counts = run([0, 1, 2, 3])
+    for order in ([3, 2, 1, 0], [2, 0, 2, 2]):
+        again_tokens, again_counts = run(order)
+        assert again_tokens == [tokens[i] for i in order]
+        assert again_counts == [counts[i] for i in order]
+    assert tokens != new_tokens(case.final)
+
+
+# ---- state ---------------------------------------------------------------------------------------
+
+
+def test_committed_slots_are_never_written_again(case):
+    for before, after in itertools.pairwise(case.record):
+        olds = [before.cache, *drafter_caches(before)]
+        news = [after.cache, *drafter_caches(after)]
+        for old, new in zip(olds, news, strict=True):
+            pairs = zip(committed_rows(old), committed_rows(new), strict=True)
+            for (b, was, n), (_, now, _) in pairs:
+                np.testing.assert_array_equal(was[b, :, :n], now[b, :, :n])
+
+
+def test_state_equals_one_rebuilt_from_the_committed_tokens(case):
+    texts = [p + new for p, new in zip(PROMPTS, new_tokens(case.final), strict=True)]
+    fresh = jax.device_get(case.prefill(texts, 1))
+    for state in case.record:
+        np.testing.assert_array_equal(state.cache.lengths_B, state.lengths_B - 1)
+        if isinstance(state.drafter, FeatureState):
+            absorbed = state.drafter.cache.lengths_B + state.drafter.pending.counts_B
+            np.testing.assert_array_equal(absorbed, state.lengths_B - 1)
+        ours = [state.cache, *drafter_caches(state)]
+        theirs = [fresh.cache, *drafter_caches(fresh)]
+        for a, b in zip(ours, theirs, strict=True):
+            pairs = zip(committed_rows(a), committed_rows(b), strict=True)
+            for (row, was, n), (_, again, _) in pairs:
+                np.testing.assert_allclose(was[row, :, :n], again[row, :, :n], atol=1e-5)
+
+
+def test_one_compilation_for_all_rounds(case):
+    rounds = len(case.record) - 1
+    assert rounds > 6
+    assert case.compilations == 1
+
+
+def test_rounds_that_are_done_change_nothing(case):
+    state = case.prefill(PROMPTS, 1)  # done with prefill's own token
+    state, record = run_recording(case.engine, case.params, state)
+    assert len(record) == 2
+    assert new_tokens(record[-1]) == [tokens[:1] for tokens in new_tokens(case.final)]
+    assert emitted(record[-1]) == [[]] * len(PROMPTS)
+
+
+# ---- folders -------------------------------------------------------------------------------------
+
+
+def test_a_saved_drafter_drafts_the_same(case, tmp_path):
+    case.drafter.save(tmp_path / "folder")
+    loaded = specjax.load_drafter(tmp_path / "folder", case.target)
+    assert loaded.definition == case.drafter.definition
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(case.drafter.params)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, case.drafter.params)
+    params = case.params | {"drafter": loaded.params}
+    state = decoding.run_host(case.engine, params, case.prefill(PROMPTS, LIMITS))
+    assert emitted(jax.device_get(state)) == emitted(case.final)
+
+
+def test_a_folder_for_another_target_is_refused(case, tmp_path):
+    case.drafter.save(tmp_path)
+    other = toy_target(seed=1)
+    with pytest.raises(ValueError, match="another target.*fingerprint"):
+        specjax.load_drafter(tmp_path, other)
+
+
+def test_damaged_folders_are_named(case, tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        specjax.load_drafter(tmp_path / "nothing", case.target)
+    case.drafter.save(tmp_path)
+    config = tmp_path / "config.json"
+    record = json.loads(config.read_text())
+    config.write_text(json.dumps(record | {"drafter": record["drafter"] | {"layres": 3}}))
+    with pytest.raises(ValueError, match="layres"):
+        specjax.load_drafter(tmp_path, case.target)
+    config.write_text(json.dumps(record)[:-9])
+    with pytest.raises(ValueError, match="config.json"):
+        specjax.load_drafter(tmp_path, case.target)
+    config.write_text(json.dumps(record))
+    weights = tmp_path / "model.safetensors"
+    assert Checkpoint(tmp_path)
+    weights.write_bytes(weights.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        specjax.load_drafter(tmp_path, case.target)
+    weights.unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match="safetensors"):
+        specjax.load_drafter(tmp_path, case.target)
+
+
+@pytest.mark.parametrize("name", specjax.drafter_names())
+def test_unknown_fields_are_named(target, name):
+    with pytest.raises(ValueError, match="layres"):
+        specjax.init_drafter(name, target, layres=3)
+
+
+def test_unknown_names_are_answered_with_the_known_ones(target):
+    with pytest.raises(ValueError, match="'faseagle'.*fasteagle"):
+        specjax.init_drafter("faseagle", target)
+
+
+@pytest.mark.parametrize("name", specjax.drafter_names())
+def test_definitions_are_hashable_and_hold_no_arrays(name):
+    """A drafter is a static argument of the jitted round."""
+    from specjax.drafters import DRAFTERS
+
+    one, two = (
+        DRAFTERS[name](toy_target().config, **next(iter(VARIANTS.get(name, {"": {}}).values())))
+        for _ in range(2)
+    )
+    assert one == two and hash(one) == hash(two) and one is not two
+    assert dataclasses.is_dataclass(one) and one.name == name
