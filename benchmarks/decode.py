@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
@@ -107,16 +108,19 @@ class Decoder:
         self.state = jax.tree.map(jnp.copy, self.start)
         self.done = jnp.all(self.state.done_B)
 
-    def round(self):
-        """One round as `decoding.run_host` drives it: `done` is read one round late."""
-        self.state = decoding.jit_round(self.engine, self.params, self.state)
-        np.asarray(self.done)
-        self.done = jnp.all(self.state.done_B)
+    def rounds(self, count: int):
+        """Rounds as `decoding.run_host` drives them: `done` is read one round late."""
+        for _ in range(count):
+            self.state = decoding.jit_round(self.engine, self.params, self.state)
+            np.asarray(self.done)
+            self.done = jnp.all(self.state.done_B)
         return self.state.lengths_B
 
-    def device_loop(self):
-        """Rounds to the length limit in one `while_loop` on the device."""
-        self.state = decoding.run_device(self.engine, self.params, self.state)
+    def device_loop(self, count: int):
+        """Rounds in one `while_loop` on the device (plain decoding: a round is a token)."""
+        limits_B = jnp.full(1, count + 1)
+        state = self.state.replace(limits_B=limits_B)
+        self.state = decoding.run_device(self.engine, self.params, state)
         return self.state.lengths_B
 
     def drafting(self) -> Callable:
@@ -146,24 +150,13 @@ class Decoder:
 # ---- what is measured ----------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Plan:
-    """Named calls, the work each must do, and the decoders to reset before a sample."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: a call, the work it must do, what to do before a sample of it."""
 
-    calls: dict[str, Callable] = dataclasses.field(default_factory=dict)
-    work: dict[str, Work] = dataclasses.field(default_factory=dict)
-    resets: dict[str, Callable] = dataclasses.field(default_factory=dict)
-
-    def add(self, name: str, call: Callable, work: Work, reset: Callable | None = None):
-        """One more row of the table."""
-        self.calls[name], self.work[name] = call, work
-        if reset is not None:
-            self.resets[name] = reset
-
-    def before(self, name: str) -> None:
-        """Untimed preparation of a sample."""
-        if name in self.resets:
-            self.resets[name]()
+    call: Callable
+    work: Work
+    before: Callable = lambda: None
 
 
 def drafters(target: Target, depth: int, candidates: int) -> dict[str, tuple[Drafter, Any]]:
@@ -185,42 +178,33 @@ def drafters(target: Target, depth: int, candidates: int) -> dict[str, tuple[Dra
     return made
 
 
-def make_plan(target: Target, context, rows, depth, candidates, in_a_row) -> Plan:
-    """All rows of the table for one target."""
+def make_rows(target: Target, context, rows, depth, candidates, count) -> dict[str, Row]:
+    """All lines of the table for one target; every call does its work `count` times."""
     scratch = max(*rows, depth * candidates + 1, depth + 1 + (depth - 1) * candidates)
-    slots = -(-(context + in_a_row * (depth + 1) + scratch + 1) // 64) * 64
+    slots = -(-(context + count * (depth + 1) + scratch + 1) // 64) * 64
     decoder = functools.partial(
-        Decoder, target, context=context, slots=slots, rounds=(in_a_row + 1) * (depth + 1)
+        Decoder, target, context=context, slots=slots, rounds=(count + 1) * (depth + 1)
     )
-    plan, one = Plan(), target_pass(target, 1, context)
-    vanilla = decoder(Vanilla(target.config), {})
-    plan.add("vanilla round", vanilla.round, one, vanilla.reset)
-    looped = decoder(Vanilla(target.config), {})
-    looped.start = looped.start.replace(limits_B=jnp.full(1, in_a_row + 1))
-
-    def loop():  # one call, `in_a_row` rounds
-        if bool(looped.fresh):
-            looped.fresh = False
-            return looped.device_loop()
-        return looped.state.lengths_B
-
-    def fresh():
-        looped.reset()
-        looped.fresh = True
-
-    plan.add("vanilla round, device loop", loop, one, fresh)
-    for count in rows:
-        verifier = decoder(Rows(target.config, count), {})
-        work = target_pass(target, count, context)
-        plan.add(f"verify {count} row{'s' * (count > 1)}", verifier.scoring(), work)
+    repeat = functools.partial(timing.in_a_row, count=count)
+    vanilla, one = decoder(Vanilla(target.config), {}), target_pass(target, 1, context)
+    loop = functools.partial(vanilla.device_loop, count)
+    lines = {
+        "vanilla round": Row(functools.partial(vanilla.rounds, count), one, vanilla.reset),
+        "vanilla round, device loop": Row(loop, one, vanilla.reset),
+    }
+    for number in rows:
+        scoring = decoder(Rows(target.config, number), {}).scoring()
+        work = target_pass(target, number, context)
+        lines[f"verify {number} row{'s' * (number > 1)}"] = Row(repeat(scoring), work)
     for label, (definition, params) in drafters(target, depth, candidates).items():
-        drafting = decoder(definition, params)
+        made = decoder(definition, params)
         draft = draft_pass(definition, params, target, context)
         verify = target_pass(target, definition.nodes, context)
-        plan.add(f"{label}: draft", drafting.drafting(), draft)
-        plan.add(f"{label}: verify {definition.nodes}", drafting.scoring(), verify)
-        plan.add(f"{label}: round", drafting.round, draft + verify, drafting.reset)
-    return plan
+        whole = functools.partial(made.rounds, count)
+        lines[f"{label}: draft"] = Row(repeat(made.drafting()), draft)
+        lines[f"{label}: verify {definition.nodes}"] = Row(repeat(made.scoring()), verify)
+        lines[f"{label}: round"] = Row(whole, draft + verify, made.reset)
+    return lines
 
 
 def splits(timings: dict[str, timing.Timing]) -> list[dict]:
@@ -260,24 +244,23 @@ def comparisons(timings: dict[str, timing.Timing]) -> list[dict]:
     return result
 
 
-def measure(target: Target, context, rows, depth, candidates, repeats, in_a_row, profile=None):
+def measure(target: Target, context, rows, depth, candidates, repeats, count, profile=None):
     """Runs everything; returns what the tables show, for machines."""
     machine = timing.measure_machine(weight_bytes(target.params))
-    plan = make_plan(target, context, rows, depth, candidates, in_a_row)
-    run = functools.partial(
-        timing.interleaved, plan.calls, in_a_row=in_a_row, before=plan.before
-    )  # fmt: skip
-    timings = run(repeats)
+    lines = make_rows(target, context, rows, depth, candidates, count)
+    calls = {name: line.call for name, line in lines.items()}
+    before = lambda name: lines[name].before()  # noqa: E731
+    timings = timing.interleaved(calls, repeats, count, before=before)
     if profile:
         with jax.profiler.trace(profile):
-            run(1, warmup=0)
-    lines = []
-    for name, work in plan.work.items():
-        floor = machine.floor_ms(work.bytes, work.flops)
-        lines.append(
+            timing.interleaved(calls, 1, warmup=0, before=before)
+    table = []
+    for name, line in lines.items():
+        floor = machine.floor_ms(line.work.bytes, line.work.flops)
+        table.append(
             {
                 "what": name, "ms": timings[name].ms, "quartiles_ms": timings[name].quartiles_ms,
-                "bytes": work.bytes, "flops": work.flops, "floor_ms": floor,
+                "bytes": line.work.bytes, "flops": line.work.flops, "floor_ms": floor,
                 "times_floor": timings[name].ms / floor,
             }
         )  # fmt: skip
@@ -285,7 +268,7 @@ def measure(target: Target, context, rows, depth, candidates, repeats, in_a_row,
         "target": target.name, "parameters": target.num_params,
         "dtype": str(target.params["embed"].dtype), "context": context, "depth": depth,
         "candidates": candidates, "device": jax.devices()[0].device_kind,
-        "cores": timing.cores(), "machine": dataclasses.asdict(machine), "rows": lines,
+        "cores": timing.cores(), "machine": dataclasses.asdict(machine), "rows": table,
         "splits": splits(timings), "drafts": comparisons(timings),
     }  # fmt: skip
 
@@ -293,13 +276,14 @@ def measure(target: Target, context, rows, depth, candidates, repeats, in_a_row,
 # ---- printing ------------------------------------------------------------------------------------
 
 
-def _table(title: str, headings: str, rows: list[tuple]) -> Table:
-    table = Table(title=title, title_justify="left")
+def print_rows(console: Console, title: str, headings: str, rows: list[tuple]) -> None:
+    """Prints cells under headings separated by "|", the first column to the left."""
+    table = Table(title=title, title_justify="left", box=MARKDOWN)
     for index, heading in enumerate(headings.split("|")):
         table.add_column(heading.strip(), justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    return table
+    console.print(table)
 
 
 def print_report(report: dict, console: Console) -> None:
@@ -326,7 +310,7 @@ def print_report(report: dict, console: Console) -> None:
         for r in report["rows"]
     ]  # fmt: skip
     headings = "what | ms | quartiles | MB read | MFLOP | floor ms | times floor"
-    console.print(_table("Median time against the floor", headings, rows))
+    print_rows(console, "Median time against the floor", headings, rows)
     rows = [
         (
             s["method"], f"{s['round_ms']:.3f}", f"{s['draft_ms']:.3f}", f"{s['verify_ms']:.3f}",
@@ -336,7 +320,7 @@ def print_report(report: dict, console: Console) -> None:
         for s in report["splits"]
     ]  # fmt: skip
     headings = "round of | round ms | draft ms | verify ms | outside forwards | quartiles"
-    console.print(_table("Where a round's time goes", headings, rows))
+    print_rows(console, "Where a round's time goes", headings, rows)
     for row in report["drafts"]:
         console.print(
             f"one FastEagle draft / one EAGLE-3 draft, {row['shape']}: "

@@ -44,19 +44,28 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def seconds_per_call(call: Callable, calls: int = 1) -> float:
-    """Runs `call` `calls` times in a row, waits for the last result, returns seconds a call."""
+def in_a_row(call: Callable, count: int) -> Callable:
+    """A function that makes `count` calls without waiting between them, as a decoding loop does."""
+
+    def calls():
+        for _ in range(count):
+            result = call()
+        return result
+
+    return calls
+
+
+def seconds_of(call: Callable) -> float:
+    """Seconds until what the call returns is there."""
     started = time.perf_counter()
-    for _ in range(calls):
-        result = call()
-    jax.block_until_ready(result)
-    return (time.perf_counter() - started) / calls
+    jax.block_until_ready(call())
+    return time.perf_counter() - started
 
 
 def interleaved(
     calls: dict[str, Callable],
     repeats: int,
-    in_a_row: int = 1,
+    per: int = 1,
     warmup: int = 2,
     before: Callable[[str], None] | None = None,
 ) -> dict[str, Timing]:
@@ -65,7 +74,7 @@ def interleaved(
     Args:
       calls: name -> a function without arguments; what it returns is waited for.
       repeats: rounds over all of them, each giving every call one sample.
-      in_a_row: calls that make up one sample; only the last is waited for, as in a decoding loop.
+      per: what a sample is divided by (repetitions within one call).
       warmup: untimed rounds at the start: compilation, caches.
       before: called with the name ahead of every sample, outside the timed region.
     """
@@ -74,7 +83,7 @@ def interleaved(
         for name, call in calls.items():
             if before is not None:
                 before(name)
-            seconds = seconds_per_call(call, in_a_row)
+            seconds = seconds_of(call) / per
             if index >= warmup:
                 samples[name].append(seconds)
     return {name: Timing(tuple(seconds)) for name, seconds in samples.items()}

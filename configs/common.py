@@ -65,7 +65,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.data.supervise_prompt = True
 
     config.train = ConfigDict()
-    config.train.steps = 240
+    config.train.steps = 200
     config.train.batch_size = 4
     config.train.optimizer = optimizer()
     config.train.loss = ConfigDict()
@@ -74,8 +74,8 @@ def base(name: str, preset: str) -> ConfigDict:
     config.train.loss.decay = 0.8  # weight of depth i is decay^(i-1)
     config.train.loss.chunk = 0  # rows of full-vocabulary logits held at once, 0 = all
     config.train.log_every = 20
-    config.train.checkpoint_every = 120
-    config.train.tau_every = 120
+    config.train.checkpoint_every = 100
+    config.train.tau_every = 100
     config.train.tau_prompts = 8
     config.train.tau_new_tokens = 32
 

@@ -233,10 +233,10 @@ def make_engine(
     return engine, {"target": target.params, "drafter": {} if drafter is None else drafter.params}
 
 
-def request_keys(seed: int, count: int):
+def request_keys(seed: int, count: int, first: int = 0):
     """One random key per request: the same request draws the same noise in any batch."""
     base = jax.random.key(seed)
-    return jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(count))
+    return jax.vmap(lambda i: jax.random.fold_in(base, i))(first + jnp.arange(count))
 
 
 def cache_slots(engine, longest_prompt: int, max_new_tokens: int) -> int:
@@ -245,11 +245,21 @@ def cache_slots(engine, longest_prompt: int, max_new_tokens: int) -> int:
     return max(-(-needed // 64) * 64, bucket(longest_prompt))
 
 
-def start(engine, params, prompts: list[list[int]], max_new_tokens: int, seed: int = 0, slots=0):
+def start(
+    engine,
+    params,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    seed: int = 0,
+    slots: int = 0,
+    length: int = 0,
+    first_request: int = 0,
+):
     """Pads prompts to a bucket and prefills them: the state before the first round.
 
-    `slots` asks for more cache slots than these prompts need, so that many requests share one
-    compilation.
+    `slots` and `length` ask for more cache slots and a longer padded prompt than these prompts
+    need, so that many requests share one compilation. `first_request` numbers the requests: two
+    batches of one run must not share noise.
     """
     lengths = np.array([len(p) for p in prompts], np.int32)
     limit = engine.config.max_position_embeddings
@@ -258,13 +268,15 @@ def start(engine, params, prompts: list[list[int]], max_new_tokens: int, seed: i
         i = int(lengths.argmax())
         raise ValueError(f"prompts[{i}]: {longest} tokens do not fit a context of {limit}")
     limits = np.minimum(max_new_tokens, limit - lengths).astype(np.int32)
-    padded = np.zeros((len(prompts), bucket(longest)), np.int32)
+    padded = np.zeros((len(prompts), max(bucket(longest), length)), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
-    slots = max(slots, cache_slots(engine, longest, max_new_tokens))
+    slots = max(slots, cache_slots(engine, longest, max_new_tokens), padded.shape[1])
+    # Every round emits a token, so there are never more rounds than slots; counting them by
+    # max_new_tokens would compile anew for each value of it.
     return decoding.jit_prefill(
         engine, params, jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(limits),
-        request_keys(seed, len(prompts)), slots, max_new_tokens + 1,
+        request_keys(seed, len(prompts), first_request), slots, slots,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def random_target(seed=0, scale=1.0, tokenizer=None, **changes) -> Target:
     return Target("random", config, params, tokenizer)
 
 
-def toy_target(seed=264, **changes) -> Target:
+def toy_target(seed=264, tokenizer=None, **changes) -> Target:
     """Twelve tokens, so that even an untrained drafter is accepted now and then.
 
     The seed is one whose greedy continuations are varied and whose top two logits never come
@@ -47,7 +47,7 @@ def toy_target(seed=264, **changes) -> Target:
         return jnp.asarray(std * rng.normal(size=leaf.shape), jnp.float32)
 
     params = jax.tree_util.tree_map_with_path(fill, shapes)
-    return Target("toy", config, params, tokenizer=None)
+    return Target("toy", config, params, tokenizer)
 
 
 # Ragged, one of a single token.

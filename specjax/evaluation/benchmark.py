@@ -12,7 +12,7 @@ from specjax.data.templates import encode_chat, encode_prompt, turn_messages
 from specjax.evaluation.lossless import distribution_verdict, identical_verdict
 from specjax.evaluation.records import MethodRun, TurnRecord
 from specjax.evaluation.timing import RoundTimes, make_parts, time_round
-from specjax.generation import TrainedDrafter, cache_slots, collect, make_engine, start
+from specjax.generation import TrainedDrafter, bucket, cache_slots, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.sampling import Sampling
 from specjax.training.drafter import TrainingCost
@@ -66,19 +66,22 @@ def prompt_ids(target: Target, prompt: Prompt, answers: Sequence[str], protocol:
 class Runner:
     """One method under one protocol: compiled once, then called prompt by prompt."""
 
-    def __init__(self, target: Target, method: Method, protocol: Protocol, slots: int):
-        self.method, self.protocol, self.slots = method, protocol, slots
+    def __init__(self, target: Target, method: Method, protocol: Protocol, slots: int, length: int):
+        self.method, self.protocol, self.slots, self.length = method, protocol, slots, length
         self.engine, self.params = make_engine(
             target, method.drafter, protocol.sampling, rule=method.rule
         )
 
-    def decode(self, rows: list[list[int]]):
+    def _start(self, rows: list[list[int]], first_request: int = 0):
+        return start(
+            self.engine, self.params, rows, self.protocol.max_new_tokens, self.protocol.seed,
+            self.slots, self.length, first_request,
+        )  # fmt: skip
+
+    def decode(self, rows: list[list[int]], first_request: int = 0):
         """(tokens, accept lengths, seconds) of one batch, prefill included."""
         started = time.perf_counter()
-        state = start(
-            self.engine, self.params, rows, self.protocol.max_new_tokens, self.protocol.seed,
-            self.slots,
-        )  # fmt: skip
+        state = self._start(rows, first_request)
         tokens, accepts = collect(decoding.run_host(self.engine, self.params, state))
         return tokens, accepts, time.perf_counter() - started
 
@@ -86,10 +89,7 @@ class Runner:
         """Medians over states a few rounds into each batch."""
         parts, times = make_parts(self.engine), []
         for rows in batches:
-            state = start(
-                self.engine, self.params, rows, self.protocol.max_new_tokens, self.protocol.seed,
-                self.slots,
-            )  # fmt: skip
+            state = self._start(rows)
             for _ in range(3):
                 state = decoding.jit_round(self.engine, self.params, state)
             times.append(time_round(self.engine, self.params, state, parts, repeats))
@@ -128,7 +128,9 @@ def benchmark(
     margin = 0 if turns == 1 else protocol.max_new_tokens + max(map(len, ids))
     longest = min(max(map(len, ids)) + margin, target.config.max_position_embeddings)
     slots = slots_for(target, methods, longest, protocol.max_new_tokens)
-    runners = [Runner(target, m, protocol, slots) for m in methods]
+    # First turns are padded alike: one prefill to compile for each method.
+    length = bucket(max(map(len, ids)))
+    runners = [Runner(target, m, protocol, slots, length) for m in methods]
     records: dict = {m.name: [] for m in methods}
     asked: dict = {m.name: [] for m in methods}
     warm, total = set(), sum(len(p.turns) for p in prompts) * len(methods)
@@ -144,11 +146,12 @@ def benchmark(
                     rows = [
                         prompt_ids(target, p, answers[name, p.question_id], protocol) for p in group
                     ]
-                    shape = (name, len(rows), _bucket_of(rows))
+                    shape = (name, len(rows), max(length, bucket(max(map(len, rows)))))
                     if shape not in warm:
                         runner.decode(rows)
                         warm.add(shape)
-                    runs = [runner.decode(rows) for _ in range(protocol.repeats)]
+                    request = turn * len(prompts) + first
+                    runs = [runner.decode(rows, request) for _ in range(protocol.repeats)]
                     tokens, accepts, _ = runs[0]
                     seconds = tuple(run[2] / len(rows) for run in runs)
                     for p, row, new, lengths in zip(group, rows, tokens, accepts, strict=True):
@@ -179,12 +182,6 @@ def benchmark(
         )
         for r in runners
     ]  # fmt: skip
-
-
-def _bucket_of(rows):
-    from specjax.generation import bucket
-
-    return bucket(max(map(len, rows)))
 
 
 def _method_run(target, runner, turns, asked, reference, times, protocol) -> MethodRun:

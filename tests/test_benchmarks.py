@@ -1,0 +1,60 @@
+"""The benchmarks run and report what they promise; no time is asserted."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.slow
+
+TINY = "random:32x48x2x61:2:1:16"
+
+
+def run(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a benchmark as a user does."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900)
+
+
+def test_decode_reports_every_part_beside_its_floor(tmp_path):
+    file = tmp_path / "decode.json"
+    done = run(
+        "decode", f"--target={TINY}", "--context=32", "--rows=1,4", "--depth=2",
+        "--candidates=2", "--repeats=1", "--in_a_row=2", f"--json={file}",
+        f"--profile={tmp_path / 'profile'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    names = [row["what"] for row in report["rows"]]
+    for part in ("vanilla round", "verify 1 row", "verify 4 rows"):
+        assert part in names
+    for method in ("fasteagle chain", "fasteagle tree", "eagle3 chain", "eagle3 tree"):
+        assert {f"{method}: draft", f"{method}: round"} < set(names)
+        assert any(name.startswith(f"{method}: verify") for name in names)
+    assert all(row["floor_ms"] > 0 and row["ms"] > 0 for row in report["rows"])
+    assert all(limit["per_second"] > 0 for limit in report["machine"].values())
+    assert [split["method"] for split in report["splits"]][0] == "vanilla"
+    assert {row["shape"] for row in report["drafts"]} == {"chain", "tree"}
+    assert all(name in done.stdout for name in names)
+    assert any((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_decode_refuses_a_geometry_it_cannot_read():
+    done = run("decode", "--target=random:32x48x2")
+    assert done.returncode != 0
+    assert "random:HIDDENxFFNxLAYERSxVOCAB" in done.stderr
+
+
+def test_transformers_and_specjax_give_the_same_tokens(tmp_path):
+    pytest.importorskip("torch")
+    file = tmp_path / "versus.json"
+    done = run(
+        "vs_transformers", f"--target={TINY}", "--new_tokens=8", "--prompts=2",
+        "--prompt_tokens=8", "--repeats=1", f"--json={file}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = {row["method"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["transformers greedy", "transformers prompt lookup", "specjax vanilla"]
+    assert all(row["identical"] + row["ties"] == row["prompts"] for row in rows.values())
+    assert all(row["ms_per_token"] > 0 for row in rows.values())

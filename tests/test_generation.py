@@ -1,0 +1,207 @@
+"""The public calls: what they return, and what they say about bad input."""
+
+import dataclasses
+import inspect
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toys import PROMPTS, greedy_continuations, toy_target, truncated
+
+import specjax
+from specjax import decoding, generation
+from specjax.verification.match import Match
+
+EOS, CONTEXT = 5, 22
+WORDS = "zero one two three four five six seven eight nine ten eleven".split()
+
+
+class Tokenizer:
+    """As much of a Hugging Face tokenizer as is used; puts a special token in front."""
+
+    bos = 2
+
+    def __call__(self, text):
+        return {"input_ids": [self.bos, *map(WORDS.index, text.split())]}
+
+    def decode(self, ids):
+        return " ".join(WORDS[i] for i in ids)
+
+
+@pytest.fixture(scope="module")
+def target():
+    return toy_target(
+        seed=34, num_layers=2, max_position_embeddings=CONTEXT, eos_token_ids=(EOS,),
+        tokenizer=Tokenizer(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def drafter(target):
+    return specjax.init_drafter("fasteagle", target, num_layers=2, candidates=3)
+
+
+@pytest.fixture(scope="module")
+def endless(target):
+    return greedy_continuations(target, PROMPTS, CONTEXT, width=40)
+
+
+def expected(endless, limit, stops):
+    room = [min(limit, CONTEXT - len(p)) for p in PROMPTS]
+    return [truncated(e, n, stops) for e, n in zip(endless, room, strict=True)]
+
+
+def test_the_public_surface():
+    names = "generate init_drafter load_drafter load_target drafter_names verification".split()
+    assert set(names) <= set(specjax.__all__) and all(hasattr(specjax, n) for n in names)
+    parameters = inspect.signature(specjax.generate).parameters
+    assert {n: p.default for n, p in parameters.items() if p.default is not p.empty} == dict(
+        drafter=None, max_new_tokens=128, temperature=0.0, top_k=0, top_p=1.0, seed=0,
+        stop_tokens=None, rule=None,
+    )  # fmt: skip
+    assert list(parameters)[:3] == ["target", "prompts", "drafter"]
+    assert {"fasteagle", "eagle3"} <= set(specjax.drafter_names())
+    rule = specjax.verification.get_rule("match")
+    assert rule.name == "match" and rule.exact is True
+
+
+def test_a_target_gives_logits(target):
+    logits = target.logits([[1, 2, 3], [4, 5, 6]])
+    assert logits.shape == (2, 3, 12) and logits.dtype == jnp.float32
+    assert target.config.vocab_size == 12 and isinstance(target.params, dict)
+
+
+# ---- what is generated ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_drafter", [False, True], ids=["vanilla", "fasteagle"])
+def test_generate_to_the_stop_or_the_end_of_the_context(target, drafter, endless, with_drafter):
+    out = specjax.generate(target, PROMPTS, drafter if with_drafter else None, 40)
+    assert out.tokens == expected(endless, 40, (EOS,))
+    assert [t[-1] == EOS for t in out.tokens] == [True, True, True, False]
+    assert len(out.tokens[3]) == CONTEXT - len(PROMPTS[3])  # cut by the context
+    assert out.texts == [" ".join(WORDS[i] for i in row) for row in out.tokens]
+    for tokens, accepted in zip(out.tokens, out.accept_lengths, strict=True):
+        assert accepted[0] == 1 and sum(accepted) == len(tokens)
+        assert min(accepted) >= 1 and max(accepted) <= (3 if with_drafter else 1)
+        assert all(type(n) is int for n in (*tokens, *accepted))
+    assert any(len(a) < len(t) for a, t in zip(out.accept_lengths, out.tokens, strict=True)) == (
+        with_drafter
+    )
+
+
+def test_max_new_tokens_is_exact_and_compiles_nothing(target, drafter, endless):
+    specjax.generate(target, PROMPTS, drafter, 9)
+    compiled = decoding.jit_round._cache_size()
+    for count in (1, 2, 5, 8):
+        out = specjax.generate(target, PROMPTS, drafter, count)
+        assert out.tokens == expected(endless, count, (EOS,))
+        assert [sum(a) for a in out.accept_lengths] == [len(t) for t in out.tokens]
+    assert out.tokens != expected(endless, 9, (EOS,))
+    assert specjax.generate(target, PROMPTS, drafter, 1).accept_lengths == [[1]] * len(PROMPTS)
+    assert decoding.jit_round._cache_size() == compiled
+
+
+def test_stop_tokens(target, endless):
+    for stops in ((), (2, 6)):
+        out = specjax.generate(target, PROMPTS, max_new_tokens=12, stop_tokens=stops)
+        assert out.tokens == expected(endless, 12, stops)
+    out = specjax.generate(target, PROMPTS, max_new_tokens=12, stop_tokens=[EOS])
+    assert out == specjax.generate(target, PROMPTS, max_new_tokens=12)  # the config's own
+
+
+def test_a_string_is_its_ids_with_special_tokens(target, endless):
+    assert PROMPTS[1] == [Tokenizer.bos, 3, 4]
+    out = specjax.generate(target, [PROMPTS[0], "three four", [3, 4], PROMPTS[3]], max_new_tokens=9)
+    whole = expected(endless, 9, (EOS,))
+    assert out.tokens[:2] == whole[:2] and out.tokens[3] == whole[3]
+    assert out.tokens[2] != whole[1]
+
+
+def test_seeds(target):
+    def run(seed, **options):
+        options = dict(max_new_tokens=12, temperature=1.0, stop_tokens=()) | options
+        return specjax.generate(target, [[1]] * 4, seed=seed, **options)
+
+    first = run(0)
+    assert first == run(0)  # tokens, texts, accept_lengths
+    assert run(1).tokens != first.tokens
+    assert len({tuple(t) for t in first.tokens}) == 4  # noise belongs to the request
+    assert run(0, temperature=0.0) == run(1, temperature=0.0)
+
+
+def test_rules_by_name_and_as_objects(target, drafter):
+    def run(rule):
+        return specjax.generate(target, PROMPTS, drafter, 9, rule=rule)
+
+    assert run(None) == run("match") == run("greedy") == run(Match())
+
+
+def test_without_a_tokenizer_texts_are_empty_and_strings_refused(target):
+    bare = dataclasses.replace(target, tokenizer=None)
+    out = specjax.generate(bare, PROMPTS, max_new_tokens=9)
+    assert out.texts == [""] * len(PROMPTS) and all(out.tokens)
+    with pytest.raises(ValueError, match=r"prompts\[1\].*tokenizer"):
+        specjax.generate(bare, [[1], "two"])
+
+
+def test_buckets():
+    sizes = [generation.bucket(n) for n in range(1, 5000)]
+    assert all(size >= n for n, size in enumerate(sizes, start=1))
+    assert sizes == sorted(sizes) and len(set(sizes)) <= 12
+
+
+# ---- bad input -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "prompts, match",
+    [
+        ([], r"prompts: .*empty"),
+        ("one two", r"prompts: a list"),
+        (3, r"prompts: a list"),
+        ([[1], []], r"prompts\[1\]: empty"),
+        (["one", ""], r"prompts\[1\]: empty"),
+        ([[1], [1] * CONTEXT], rf"prompts\[1\]: {CONTEXT} tokens.*context of {CONTEXT}"),
+        ([[1], [2, 12]], r"prompts\[1\]: token 12 .*vocabulary of 12"),
+        ([[-1]], r"prompts\[0\]: token -1 .*vocabulary"),
+    ],
+)
+def test_bad_prompts_are_named(target, prompts, match):
+    with pytest.raises(ValueError, match=match):
+        specjax.generate(target, prompts, max_new_tokens=9)
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        (dict(max_new_tokens=0), "max_new_tokens: 0"),
+        (dict(max_new_tokens=-3), "max_new_tokens: -3"),
+        (dict(max_new_tokens=2.5), "max_new_tokens: 2.5"),
+        (dict(temperature=-0.1), "temperature: -0.1"),
+        (dict(temperature=float("nan")), "temperature: nan"),
+        (dict(temperature=float("inf")), "temperature: inf"),
+        (dict(temperature=1.0, top_p=0.0), "top_p: 0.0"),
+        (dict(temperature=1.0, top_p=1.1), "top_p: 1.1"),
+        (dict(temperature=1.0, top_k=-1), "top_k: -1"),
+        (dict(rule="mtach"), "rule: 'mtach' is unknown.*match"),
+        (dict(temperature=1.0, rule="greedy"), "rule 'greedy'.*temperature 0"),
+    ],
+)
+def test_bad_settings_are_named(target, options, match):
+    with pytest.raises(ValueError, match=match):
+        specjax.generate(target, PROMPTS, **options)
+
+
+def test_a_drafter_of_another_target_is_refused(drafter):
+    other = toy_target(seed=1, num_layers=2, max_position_embeddings=CONTEXT)
+    with pytest.raises(ValueError, match="'fasteagle' was made for another target"):
+        specjax.generate(other, PROMPTS, drafter)
+
+
+@pytest.mark.parametrize("ids", [[1, 2, 3], [1, 2, 2, 3], [[1, 2], [3, 4]]], ids=str)
+def test_vocab_ids_must_be_as_many_as_the_draft_vocabulary(target, ids):
+    with pytest.raises(ValueError, match="vocab_ids"):
+        specjax.init_drafter(
+            "fasteagle", target, num_layers=2, draft_vocab_size=4, vocab_ids=np.array(ids)
+        )
