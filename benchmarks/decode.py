@@ -20,11 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from rich.box import MARKDOWN
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import timing
+from benchmarks.printing import print_rows, wide_console
 from benchmarks.targets import TARGET_HELP, get_target
 from benchmarks.work import Work, draft_pass, target_pass, weight_bytes
 from specjax import decoding
@@ -276,16 +275,6 @@ def measure(target: Target, context, rows, depth, candidates, repeats, count, pr
 # ---- printing ------------------------------------------------------------------------------------
 
 
-def print_rows(console: Console, title: str, headings: str, rows: list[tuple]) -> None:
-    """Prints cells under headings separated by "|", the first column to the left."""
-    table = Table(title=title, title_justify="left", box=MARKDOWN)
-    for index, heading in enumerate(headings.split("|")):
-        table.add_column(heading.strip(), justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
 def print_report(report: dict, console: Console) -> None:
     """The machine's limits, one line per call, the split of each round."""
     limits, giga = report["machine"], 1e-9
@@ -340,10 +329,7 @@ def main(argv):
         target, _CONTEXT.value, rows, _DEPTH.value, _CANDIDATES.value, _REPEATS.value,
         _IN_A_ROW.value, _PROFILE.value,
     )  # fmt: skip
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    print_report(report, console)
+    print_report(report, wide_console())
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
 

@@ -24,7 +24,7 @@ from absl import app, flags
 from rich.console import Console
 
 from benchmarks import timing
-from benchmarks.decode import print_rows
+from benchmarks.printing import print_rows, wide_console
 from benchmarks.targets import TARGET_HELP, get_target
 from specjax import generate
 from specjax.models.hf import save_target
@@ -183,10 +183,7 @@ def main(argv):
         calls["transformers assisted"] = greedy(assistant_model=assistant)
     calls["specjax vanilla"] = specjax_greedy(target, new_tokens)
     rows = compare(target, calls, prompts, new_tokens, _REPEATS.value)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    print_report(target, rows, new_tokens, console)
+    print_report(target, rows, new_tokens, wide_console())
     if _JSON.value:
         report = {"target": target.name, "device": jax.devices()[0].device_kind, "rows": rows}
         pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
