@@ -130,9 +130,10 @@ def stdlib_source(module: str) -> str | None:
 def local_documents(path: str | Path) -> list[Document]:
     """Documents from a file, or from every file of a folder and its subfolders, in name order.
 
-    .txt, .py and .md files are one document each; .json is a list of strings; a .jsonl row is
-    {"text": ...}, or holds a conversation under "conversations" or "messages", in which case the
-    document is the row's own JSON (`templates.conversation_messages` reads it). Raises
+    .txt, .py and .md files are one document each; .json is a list of strings or rows; a .jsonl line
+    is a row. A row is {"text": ...}, or holds a conversation under "conversations" or "messages",
+    in which case the document is the row's own JSON (`templates.conversation_messages` reads it).
+    Raises
     FileNotFoundError for a missing path or a folder without such files, and ValueError, naming
     file and line (or item), for content of another shape.
     """
@@ -234,25 +235,31 @@ def _json_documents(path: Path) -> Iterator[Document]:
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}:{error.lineno}: not JSON ({error.msg})") from error
     if not isinstance(items, list):
-        raise ValueError(f"{path}: a JSON list of strings expected, not {_kind(items)}")
+        raise ValueError(f"{path}: a JSON list of strings or rows expected, not {_kind(items)}")
     for index, item in enumerate(items):
-        if not isinstance(item, str):
-            raise ValueError(f"{path}[{index}]: a string expected, not {_kind(item)}")
-        yield Document(f"{path}[{index}]", item)
+        name = f"{path}[{index}]"
+        if isinstance(item, str):
+            yield Document(name, item)
+        elif isinstance(item, dict):
+            yield _row_document(name, json.dumps(item, ensure_ascii=False), item)
+        else:
+            raise ValueError(f"{name}: a string or an object expected, not {_kind(item)}")
 
 
 def _jsonl_documents(path: Path) -> Iterator[Document]:
     for number, line, row in read_jsonl(path):
-        name = f"{path}:{number}"
-        if isinstance(row.get("text"), str):
-            yield Document(name, row["text"])
-        elif any(isinstance(row.get(key), list) for key in ("conversations", "messages")):
-            yield Document(name, line)
-        else:
-            raise ValueError(
-                f"{name}: 'text' (a string), 'conversations' or 'messages' (a list) expected,"
-                f" found {sorted(row)}"
-            )
+        yield _row_document(f"{path}:{number}", line, row)
+
+
+def _row_document(name: str, text: str, row: dict) -> Document:
+    if isinstance(row.get("text"), str):
+        return Document(name, row["text"])
+    if any(isinstance(row.get(key), list) for key in ("conversations", "messages")):
+        return Document(name, text)
+    raise ValueError(
+        f"{name}: 'text' (a string), 'conversations' or 'messages' (a list) expected,"
+        f" found {sorted(row)}"
+    )
 
 
 def _kind(value: Any) -> str:

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from specjax.data.corpora import local_documents
 from specjax.data.prompt_files import QUESTION_FILE, Prompt, read_prompts
 from specjax.data.stdlib_prompts import STDLIB_PROMPTS, stdlib_prompts, stdlib_training_prompts
+from specjax.data.templates import first_question
 
 __all__ = [
+    "CONVERSATION_SETS",
     "LOCAL_SETS",
     "STDLIB_PROMPTS",
     "TFDS_SETS",
@@ -32,6 +35,9 @@ LOCAL_SETS: dict[str, tuple[str, ...]] = {
     "qa": ("qa", "eagle/qa"),
     "spec_bench": ("spec_bench",),
 }
+
+# Name -> the folder under data_dir whose .json and .jsonl files hold conversations.
+CONVERSATION_SETS = {"sharegpt": "sharegpt", "ultrachat": "ultrachat"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,8 @@ TFDS_SETS: dict[str, _TfdsSet] = {
 
 def prompt_set_names() -> tuple[str, ...]:
     """Every name that `load_prompts` knows, besides paths."""
-    return ("stdlib", "stdlib-train", *LOCAL_SETS, *(f"tfds:{name}" for name in TFDS_SETS))
+    tfds = (f"tfds:{name}" for name in TFDS_SETS)
+    return ("stdlib", "stdlib-train", *LOCAL_SETS, *CONVERSATION_SETS, *tfds)
 
 
 def load_prompts(
@@ -73,6 +80,8 @@ def load_prompts(
     - "stdlib-train": code of its other modules (None: 200 of them);
     - "mt_bench", "humaneval", "gsm8k", "alpaca", "sum" or "cnn_dm", "qa", "spec_bench": folders
       with a question.jsonl under `data_dir`, or under its folder `eagle`;
+    - "sharegpt", "ultrachat": the first question of each conversation in the .json and .jsonl files
+      of that folder under `data_dir` (`corpora.local_documents`);
     - "tfds:gsm8k", "tfds:cnn_dailymail": the test split from tensorflow-datasets, `data_dir` being
       its folder (None: its default), prepared there as array_record files if it is not yet;
     - a path to a .jsonl file, or to a folder with a question.jsonl.
@@ -89,6 +98,9 @@ def load_prompts(
         return stdlib_training_prompts(limit or DEFAULT_TRAINING_PROMPTS)
     if name.startswith("tfds:"):
         return _tfds_prompts(name.removeprefix("tfds:"), limit, data_dir)
+    if name in CONVERSATION_SETS:
+        folder = _data_dir(name, data_dir) / CONVERSATION_SETS[name]
+        return _conversation_prompts(folder, limit)
     if name in LOCAL_SETS:
         return read_prompts(_local_set(name, data_dir), limit)
     if Path(name).exists() or Path(name).suffix or len(Path(name).parts) > 1:
@@ -96,12 +108,33 @@ def load_prompts(
     raise _unknown(name)
 
 
-def _local_set(name: str, data_dir: str | Path | None) -> Path:
+def _data_dir(name: str, data_dir: str | Path | None) -> Path:
     if data_dir is None:
         raise ValueError(f"data_dir: prompt set {name!r} needs the folder that holds its files")
     if not Path(data_dir).is_dir():
         raise FileNotFoundError(f"data_dir: {data_dir}: no such folder")
-    files = [Path(data_dir) / folder / QUESTION_FILE for folder in LOCAL_SETS[name]]
+    return Path(data_dir)
+
+
+def _conversation_prompts(folder: Path, limit: int | None) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for document in local_documents(folder):
+        if len(prompts) == limit:
+            break
+        try:
+            question = first_question(document.text)
+        except ValueError as error:
+            raise ValueError(f"{document.name}: {error}") from error
+        if question is not None:
+            prompts.append(Prompt(document.name, "conversation", (question,)))
+    if not prompts:
+        raise ValueError(f"{folder}: no conversation in which a user asks anything")
+    return prompts
+
+
+def _local_set(name: str, data_dir: str | Path | None) -> Path:
+    data_dir = _data_dir(name, data_dir)
+    files = [data_dir / folder / QUESTION_FILE for folder in LOCAL_SETS[name]]
     for file in files:
         if file.is_file():
             return file

@@ -153,6 +153,24 @@ def conversation_messages(row: str) -> list[Message]:
 
     Raises ValueError, naming the message and the field, for a row of another shape.
     """
+    messages = _raw_messages(row)
+    check_messages(messages)
+    return messages
+
+
+def first_question(row: str) -> str | None:
+    """The first user message of a raw row; None where nobody asks anything.
+
+    Crawled conversations often begin in the middle, with an answer: only the question is read.
+    """
+    for message in _raw_messages(row):
+        content = message["content"]
+        if message["role"] == "user" and isinstance(content, str) and content.strip():
+            return content
+    return None
+
+
+def _raw_messages(row: str) -> list[Message]:
     try:
         fields = json.loads(row)
     except json.JSONDecodeError as error:
@@ -166,7 +184,6 @@ def conversation_messages(row: str) -> list[Message]:
         role = item.get("role", item.get("from"))
         content = item.get("content", item.get("value"))
         messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
-    check_messages(messages)
     return messages
 
 

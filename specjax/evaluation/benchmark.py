@@ -11,7 +11,7 @@ from specjax.data.prompt_files import Prompt
 from specjax.data.templates import encode_chat, encode_prompt, turn_messages
 from specjax.evaluation.lossless import distribution_verdict, identical_verdict
 from specjax.evaluation.records import MethodRun, TurnRecord
-from specjax.evaluation.timing import RoundTimes, make_parts, time_round
+from specjax.evaluation.timing import RoundTimes, count_flops, make_parts, time_round
 from specjax.generation import TrainedDrafter, bucket, cache_slots, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.sampling import Sampling
@@ -85,8 +85,8 @@ class Runner:
         tokens, accepts = collect(decoding.run_host(self.engine, self.params, state))
         return tokens, accepts, time.perf_counter() - started
 
-    def round_times(self, batches: list[list[list[int]]], repeats: int) -> RoundTimes:
-        """Medians over states a few rounds into each batch."""
+    def round_costs(self, batches: list[list[list[int]]], repeats: int):
+        """(median times over states a few rounds into each batch, flops of the draft and verify)"""
         parts, times = make_parts(self.engine), []
         for rows in batches:
             state = self._start(rows)
@@ -94,7 +94,8 @@ class Runner:
                 state = decoding.jit_round(self.engine, self.params, state)
             times.append(time_round(self.engine, self.params, state, parts, repeats))
         draft, verify, whole = np.median([dataclasses.astuple(t) for t in times], axis=0)
-        return RoundTimes(0.0 if self.method.drafter is None else draft, verify, whole)
+        times = RoundTimes(0.0 if self.method.drafter is None else draft, verify, whole)
+        return times, count_flops(parts, self.params, state)
 
 
 def slots_for(target: Target, methods: Sequence[Method], longest: int, max_new_tokens: int) -> int:
@@ -178,15 +179,16 @@ def benchmark(
     return [
         _method_run(
             target, r, records[r.method.name], asked[r.method.name], records[reference],
-            r.round_times(sampled, timing_repeats), protocol,
+            r.round_costs(sampled, timing_repeats), protocol,
         )
         for r in runners
     ]  # fmt: skip
 
 
-def _method_run(target, runner, turns, asked, reference, times, protocol) -> MethodRun:
+def _method_run(target, runner, turns, asked, reference, costs, protocol) -> MethodRun:
     method, engine = runner.method, runner.engine
     definition = engine.drafter
+    times, (draft_flops, verify_flops) = costs
     if protocol.sampling.greedy:
         pairs = [(a, v.tokens, t.tokens) for a, v, t in zip(asked, reference, turns, strict=True)]
         verdict = identical_verdict(target, pairs)
@@ -211,6 +213,8 @@ def _method_run(target, runner, turns, asked, reference, times, protocol) -> Met
         train_tokens=method.cost.tokens,
         train_seconds=method.cost.seconds,
         lossless=verdict,
+        draft_flops=draft_flops,
+        verify_flops=verify_flops,
     )
 
 

@@ -60,6 +60,7 @@ class MethodRun:
                         1 and 0 for vanilla
     turns:              the answers
     draft_ms, verify_ms, round_ms: median milliseconds of one draft, one verification, one round
+    draft_flops, verify_flops: operations of one draft and of one target forward over its tree
     drafter_parameters: count; train_tokens, train_seconds: what training the drafter took
     lossless:           the losslessness verdict as it stands in results.json
 
@@ -84,6 +85,8 @@ class MethodRun:
     train_tokens: int
     train_seconds: float
     lossless: dict
+    draft_flops: float = 0.0
+    verify_flops: float = 0.0
 
     def __post_init__(self):
         if not self.turns:

@@ -22,6 +22,9 @@ ROW_KEYS = (
 )  # fmt: skip
 """What every row says, in this order."""
 
+FURTHER_KEYS = ("draft_flops", "verify_flops")
+"""What our own rows say besides; files without them are read all the same."""
+
 LOSSLESS_KEYS = {
     "identical": ("checked", "identical", "ties"),
     "distribution": ("test", "p_value"),
@@ -68,13 +71,15 @@ def result_row(
         "rounds": int(totals.rounds_Q.sum()),
         "tokens_per_s": statistics.tokens_per_second(run.turns),
         "verify_ms": float(run.verify_ms),
+        "draft_flops": 0.0 if run.is_vanilla else float(run.draft_flops),
+        "verify_flops": float(run.verify_flops),
         "lossless": dict(run.lossless),
     }
     if run.is_vanilla:
         row |= _vanilla_part(vanilla_ms_per_token)
     else:
         row |= _drafter_part(run, vanilla_run, vanilla_ms_per_token, bootstrap, seed)
-    return {key: row[key] for key in ROW_KEYS}
+    return {key: row[key] for key in (*ROW_KEYS, *FURTHER_KEYS)}
 
 
 def write_results(path: str | os.PathLike, header: dict, rows: list[dict]) -> None:

@@ -116,6 +116,7 @@ COLUMNS = {
     "overhead": Column("overhead", lambda row: f"{100 * row['round_overhead']:+.0f}%"),
     "tree": Column("nodes,\ndepth", lambda row: f"{row['nodes']}, {row['depth']}"),
     "lossless": Column("lossless", verdict, bad=is_unfaithful),
+    "flops": Column("draft\nflops", lambda row: count(row.get("draft_flops", 0))),
     "parameters": Column("drafter\nparams", lambda row: count(row["drafter_parameters"])),
     "trained": Column("trained\ntokens", lambda row: count(row["train_tokens"])),
 }
@@ -124,7 +125,7 @@ COLUMNS = {
 KEYS = ("method", "task", "temperature", "batch", "seed")
 DRAFTS = ("tau", "break_even", "acceptance")
 RESULTS = ("rate", "speedup", "lossless")
-COSTS = ("draft", "verify", "round", "overhead", "tree", "parameters", "trained")
+COSTS = ("draft", "verify", "round", "overhead", "tree", "flops", "parameters", "trained")
 FINDINGS = ("tau", "break_even", *RESULTS)
 REASONS = ("acceptance", *COSTS)
 

@@ -55,6 +55,21 @@ def make_parts(engine):
     return jax.jit(draft, donate_argnums=1), jax.jit(score, donate_argnums=1)
 
 
+def count_flops(parts, params, state) -> tuple[float, float]:
+    """Floating-point operations of one draft and of one target forward over its tree.
+
+    XLA's own count of the traced programs, padding included; a loop's body counts once.
+    """
+    draft, score = parts
+    rest = state.replace(drafter=())
+    drafting = draft.lower(params, state.drafter, rest)
+    tree, _ = drafting.out_info
+    scoring = score.lower(params, state.cache, tree)
+    # A backend without the analysis, or a program without arithmetic, has no such entry.
+    draft_cost, score_cost = (low.cost_analysis() or {} for low in (drafting, scoring))
+    return draft_cost.get("flops", 0.0), score_cost.get("flops", 0.0)
+
+
 def time_round(engine, params, state, parts, repeats: int = 15) -> RoundTimes:
     """Times the parts and the whole of one round.
 

@@ -171,6 +171,33 @@ def test_unknown_names_and_paths(tmp_path):
         load_prompts("stdlib", limit=0)
 
 
+def test_conversations_give_their_first_question(tmp_path):
+    folder = tmp_path / "sharegpt"
+    folder.mkdir()
+    turns = lambda *pairs: {"conversations": [{"from": a, "value": b} for a, b in pairs]}  # noqa: E731
+    rows = [
+        turns(("human", "one?"), ("gpt", "1")),
+        turns(("gpt", "cut"), ("human", "two?")),
+        turns(("gpt", "nobody asks")),
+    ]
+    (folder / "a.json").write_text(json.dumps(rows))
+    line = json.dumps({"messages": [{"role": "user", "content": "three?"}]})
+    (folder / "b.jsonl").write_text(line + "\n")
+    loaded = load_prompts("sharegpt", data_dir=tmp_path)
+    assert [p.turns for p in loaded] == [("one?",), ("two?",), ("three?",)]
+    assert len({p.question_id for p in loaded}) == 3
+    assert len(load_prompts("sharegpt", limit=2, data_dir=tmp_path)) == 2
+    (folder / "a.json").write_text(json.dumps(rows[2:]))
+    (folder / "b.jsonl").unlink()
+    with pytest.raises(ValueError, match="no conversation in which a user asks"):
+        load_prompts("sharegpt", data_dir=tmp_path)
+    (folder / "a.json").write_text('[{"messages": [7]}]')
+    with pytest.raises(ValueError, match=r"a\.json\[0\]: conversation: .*a list of objects"):
+        load_prompts("sharegpt", data_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match="ultrachat"):
+        load_prompts("ultrachat", data_dir=tmp_path)
+
+
 @pytest.mark.parametrize("name", prompts.LOCAL_SETS)
 def test_real_prompt_files(name):
     if not DATA.is_dir():

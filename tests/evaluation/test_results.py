@@ -13,6 +13,7 @@ from specjax.evaluation.results import read_results, result_row, write_results
 CONTRACT = """method task temperature seed batch rule exact nodes depth prompts new_tokens rounds
 tau tau_ci95 break_even_tau acceptance_by_depth tokens_per_s speedup speedup_ci95 draft_ms verify_ms
 round_ms round_overhead drafter_parameters train_tokens train_seconds lossless""".split()
+FURTHER = ["draft_flops", "verify_flops"]
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def runs(make_turn, make_run):
 def test_row_keys_are_the_contract_in_order(runs):
     ours, vanilla = runs
     for run in runs:
-        assert list(result_row(run, vanilla, 4.0)) == CONTRACT
+        assert list(result_row(run, vanilla, 4.0)) == CONTRACT + FURTHER
 
 
 def test_row_by_hand(runs):
@@ -82,7 +83,7 @@ def test_written_results_are_read_back(tmp_path, header, make_rows):
     assert {key: document[key] for key in header} == header
     assert document["rows"][:-1] == rows[:-1]
     assert document["rows"][-1]["lossless"]["p_value"] == 0.5
-    assert [list(row) for row in document["rows"]] == [CONTRACT] * len(rows)
+    assert [list(row) for row in document["rows"]] == [CONTRACT + FURTHER] * len(rows)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), np.float32("nan")])
