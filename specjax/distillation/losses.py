@@ -29,8 +29,19 @@ def label_weights(supervised_BxT, depths: int):
 
 def cross_entropy(teacher_logits, student_logits):
     """-sum_v p(v) log q(v) over the last axis, in nats: forward KL plus the teacher's entropy."""
-    teacher = jax.nn.softmax(jax.lax.stop_gradient(teacher_logits).astype(jnp.float32))
-    return -jnp.sum(teacher * jax.nn.log_softmax(student_logits.astype(jnp.float32)), axis=-1)
+    return soft_cross_entropy(jax.nn.softmax(teacher_logits.astype(jnp.float32)), student_logits)
+
+
+def soft_cross_entropy(teacher_probs, student_logits):
+    """`cross_entropy` for a teacher given as probabilities, shared between depths.
+
+    As they sum to one it is logsumexp(student) - p . student, whose gradient is q - p: one
+    exponential in all, where a log-softmax of each side would take several passes.
+    """
+    teacher_probs = jax.lax.stop_gradient(teacher_probs)
+    student_logits = student_logits.astype(jnp.float32)
+    chosen = jnp.sum(teacher_probs * student_logits, axis=-1)
+    return jax.nn.logsumexp(student_logits, axis=-1) - chosen
 
 
 def smooth_l1(student, teacher):

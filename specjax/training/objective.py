@@ -47,21 +47,25 @@ def drafter_loss(definition: FeatureDrafter, cfg: ConfigDict, params, frozen, ba
         features = cut(teacher_rows, size + N)
         teacher_logits = transformer.logits_of(target, features)
         teacher_best = argmax(teacher_logits)
+        covered = jnp.ones_like(teacher_best, bool)
         if vocab_ids is not None:
             # Renormalised inside the draft vocabulary; rows whose best token is outside are out.
-            inside_V = jnp.zeros(config.vocab_size, bool).at[vocab_ids].set(True)
-            covered = inside_V[teacher_best]
+            places_V = jnp.full(config.vocab_size, -1).at[vocab_ids].set(jnp.arange(vocab_ids.size))
+            teacher_best = places_V[teacher_best]
+            covered = teacher_best >= 0
             teacher_logits = teacher_logits[..., vocab_ids]
+        teacher = jax.nn.softmax(teacher_logits)  # once; every depth reads a shifted slice of it
         sums = []
         for i in range(1, N + 1):
             weight = cut(weight_BxTxN, size)[..., i - 1]
             total = jnp.sum(weight)
             student = readout(cut(normed[i - 1], size), head_WxD)
-            best = definition.to_target_ids(params, argmax(student))
-            agree = jnp.sum(weight * (best == teacher_best[:, i : i + size]))
-            if vocab_ids is not None:
-                weight = weight * covered[:, i : i + size]
-            ce = losses.cross_entropy(teacher_logits[:, i : i + size], student)
+            weight = weight * covered[:, i : i + size]
+            # Agreement without an argmax: is the teacher's best token the student's maximum?
+            best = teacher_best[:, i : i + size, None]
+            chosen = jnp.take_along_axis(student, best, axis=-1)[..., 0]
+            agree = jnp.sum(weight * (chosen >= jnp.max(student, axis=-1)))
+            ce = losses.soft_cross_entropy(teacher[:, i : i + size], student)
             ce = jnp.sum(jnp.where(weight > 0, weight * ce, 0.0))
             feature = jnp.zeros(())
             if cfg.feature:
