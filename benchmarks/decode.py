@@ -85,8 +85,8 @@ def _draft_again(engine, params, state):
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _score_again(engine, params, cache, tree):
     """`decoding.score`: it leaves the cache's length where it was."""
-    logits, taps, cache = decoding.score(engine, params, cache, tree)
-    return cache, logits, taps
+    scored, cache = decoding.score(engine, params, cache, tree)
+    return cache, scored
 
 
 class Decoder:
@@ -96,7 +96,7 @@ class Decoder:
         self.engine = decoding.Engine(target.config, drafter, get_rule("greedy"))
         self.params = {"target": target.params, "drafter": params}
         tokens = np.random.default_rng(0).integers(0, target.config.vocab_size, (1, context))
-        self.start = decoding.jit_prefill(
+        self.start = decoding.prefill(
             self.engine, self.params, jnp.asarray(tokens, jnp.int32), jnp.full(1, context),
             jnp.full(1, rounds + 1), request_keys(0, 1), slots, rounds,
         )  # fmt: skip
@@ -140,8 +140,8 @@ class Decoder:
 
         def call():
             nonlocal cache
-            cache, logits, _ = _score_again(self.engine, self.params, cache, tree)
-            return logits
+            cache, scored = _score_again(self.engine, self.params, cache, tree)
+            return scored
 
         return call
 

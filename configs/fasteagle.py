@@ -40,22 +40,22 @@ def builtin(preset: str) -> ConfigDict:
     config.train.optimizer.clip_norm = 1.0
     config.drafters.fasteagle = common.drafter(
         "fasteagle",
-        init=dict(num_layers=4),
+        init=dict(num_layers=3),
         tree=dict(draft_depth=3, candidates=2),
         budgets=(
             dict(draft_depth=3, candidates=1),
             dict(draft_depth=2, candidates=3),
-            dict(draft_depth=4, candidates=2),
+            dict(draft_depth=2, candidates=2),
         ),
     )
     config.drafters.eagle3 = common.drafter(
         "eagle3",
-        init=dict(steps=4, draft_vocab_size=1536),
+        init=dict(steps=3, draft_vocab_size=1536),
         tree=dict(draft_depth=3, top_k=3, total_nodes=7),
         budgets=(
             dict(draft_depth=3, top_k=1, total_nodes=0),
             dict(draft_depth=2, top_k=3, total_nodes=7),
-            dict(draft_depth=4, top_k=3, total_nodes=9),
+            dict(draft_depth=2, top_k=2, total_nodes=5),
         ),
     )
     return config

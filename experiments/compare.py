@@ -10,7 +10,14 @@ from ml_collections import ConfigDict
 
 from specjax.data.prompts import load_prompts
 from specjax.data.regenerate import Rows, pad_rows, regenerate
-from specjax.evaluation.benchmark import Method, Protocol, benchmark, prompt_ids, shaded_pieces
+from specjax.evaluation.benchmark import (
+    Method,
+    Protocol,
+    benchmark,
+    prompt_ids,
+    shaded_pieces,
+    shared_shapes,
+)
 from specjax.evaluation.calibrate import calibrate
 from specjax.evaluation.report import write_report
 from specjax.evaluation.results import read_results, result_row, write_results
@@ -20,7 +27,7 @@ from specjax.generation import init_drafter
 from specjax.models.target import Target, load_target
 from specjax.sampling import Sampling
 from specjax.training import sharding
-from specjax.training.drafter import train_drafter
+from specjax.training.drafter import TauProbe, train_drafter
 from specjax.training.metrics import MetricsLog
 from specjax.training.progress import duration, say
 
@@ -71,37 +78,49 @@ def frequent_tokens(rows, size: int) -> np.ndarray:
     return np.sort(np.argsort(-counts, kind="stable")[:size])
 
 
-def train_all(config, target, rows, tau_prompts, folder, metrics, mesh) -> list[Method]:
-    """Trains (or resumes) each drafter, saves it and returns it at the shared tree."""
-    methods = []
+def init_all(config, target, rows) -> dict:
+    """Name -> untrained drafter, announced with its size."""
+    drafters = {}
     for name, cfg in config.drafters.items():
         init = cfg.init.to_dict()
         size = init.get("draft_vocab_size", 0)
         ids = frequent_tokens(rows, size) if size else None
-        drafter = init_drafter(cfg.drafter, target, config.seed, vocab_ids=ids, **init)
+        drafters[name] = init_drafter(cfg.drafter, target, config.seed, vocab_ids=ids, **init)
         say(
-            f"{name}: {drafter.num_params / 1e6:.2f}M parameters, "
+            f"{name}: {drafters[name].num_params / 1e6:.2f}M parameters, "
             f"target {target.num_params / 1e6:.2f}M"
         )
+    return drafters
+
+
+def budgets_of(cfg: ConfigDict) -> list[dict]:
+    """Every tree a drafter may be run with, the shared one first."""
+    return [cfg.tree.to_dict(), *(dict(b) for b in cfg.budgets)]
+
+
+def train_all(config, target, drafters, rows, probe, folder, metrics, mesh) -> list[Method]:
+    """Trains (or resumes) each drafter, saves it and returns it at the shared tree."""
+    methods = []
+    for name, drafter in drafters.items():
+        tree = config.drafters[name].tree.to_dict()
         stream = Rows(rows, config.train.batch_size, config.seed)
         drafter, cost = train_drafter(
-            target, drafter, config.train, stream.batch, tau_prompts, folder, metrics, name, mesh
+            target, drafter, config.train, stream.batch, tree, probe, folder, metrics, name, mesh
         )
-        drafter = drafter.with_budget(**cfg.tree.to_dict())
+        drafter = drafter.with_budget(**tree)
         drafter.save(folder / "drafters" / name)
         methods.append(Method(name, drafter, cost))
     return methods
 
 
-def calibrated(config, target, methods, prompts) -> tuple[list[Method], list[str]]:
+def calibrated(config, target, methods, prompts, shapes) -> tuple[list[Method], list[str]]:
     """Each method again, at the tree that calibration found fastest, and what was measured."""
     best, notes = [], []
     for method in methods:
-        cfg = config.drafters[method.name]
-        budgets = [cfg.tree.to_dict(), *(dict(b) for b in cfg.budgets)]
         trials = calibrate(
-            target, method.drafter, budgets, prompts[: config.calibrate.prompts],
-            config.calibrate.max_new_tokens, method.name,
+            target, method.drafter, budgets_of(config.drafters[method.name]),
+            prompts[: config.calibrate.prompts], config.calibrate.max_new_tokens, method.name,
+            shapes.slots, shapes.length,
         )  # fmt: skip
         lines = [
             f"{t.budget} -> {t.nodes} rows, tau {t.tau:.2f}, {t.round_ms:.2f} ms" for t in trials
@@ -160,25 +179,41 @@ def compare(config: ConfigDict, folder) -> dict:
         )
         for task in config.eval.tasks
     }
-    settings = protocol(config, "tau", 0.0)
-    first_task = next(iter(tasks.values()))
-    tau_prompts = [
-        prompt_ids(target, p, [], settings) for p in first_task[: config.train.tau_prompts]
+    drafters = init_all(config, target, rows)
+    variants = [
+        Method(name, drafter.with_budget(**budget))
+        for name, drafter in drafters.items()
+        for budget in budgets_of(config.drafters[name])
     ]
+    shapes = {
+        task: shared_shapes(target, variants, task_prompts, protocol(config, task, 0.0))
+        for task, task_prompts in tasks.items()
+    }
+    task, task_prompts = next(iter(tasks.items()))
+    probe = TauProbe(
+        [
+            prompt_ids(target, p, [], protocol(config, task, 0.0))
+            for p in task_prompts[: config.train.tau_prompts]
+        ],
+        config.train.tau_new_tokens,
+        shapes[task].slots,
+        shapes[task].length,
+    )
 
     # ---- train ----
-    methods = train_all(config, target, rows, tau_prompts, folder, metrics, mesh)
+    methods = train_all(config, target, drafters, rows, probe, folder, metrics, mesh)
 
     # ---- choose trees ----
-    best, notes = calibrated(config, target, methods, prompts)
+    best, notes = calibrated(config, target, methods, prompts, shapes[task])
 
     # ---- decode ----
     results, samples = [], []
     for task, task_prompts in tasks.items():
         for temperature in config.eval.temperatures:
             runs = benchmark(
-                target, [*methods, *best], task_prompts, protocol(config, task, temperature)
-            )
+                target, [*methods, *best], task_prompts, protocol(config, task, temperature),
+                shapes=shapes[task],
+            )  # fmt: skip
             vanilla = next(run for run in runs if run.is_vanilla)
             for run in runs:
                 results.append(

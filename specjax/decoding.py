@@ -22,7 +22,7 @@ from specjax.models.config import ModelConfig
 from specjax.models.transformer import forward, logits_of
 from specjax.sampling import Sampling, draw
 from specjax.trees import DraftTree, visible_from_parents
-from specjax.verification.base import Rule
+from specjax.verification.base import LogitRows, Rule, make_noise
 
 
 @flax.struct.dataclass
@@ -75,8 +75,17 @@ def draft(engine: Engine, params, state: DecodeState) -> tuple[DraftTree, Any]:
         )
 
 
-def score(engine: Engine, params, cache: KVCache, tree: DraftTree):
-    """The target's forward over the tree's rows: (logits_BxTxV, taps_BxTxM or None, cache)."""
+@flax.struct.dataclass
+class Scored:
+    """The target's view of a tree."""
+
+    logits_BxTxV: jax.Array
+    hidden_BxTxD: jax.Array  # the LM head's input
+    taps_BxTxM: jax.Array | None
+
+
+def score(engine: Engine, params, cache: KVCache, tree: DraftTree) -> tuple[Scored, KVCache]:
+    """The target's forward over the tree's rows, which it leaves in the cache's scratch slots."""
     topology = engine.drafter.topology
     if topology is not None:
         visible = topology.visible_TxT
@@ -92,7 +101,8 @@ def score(engine: Engine, params, cache: KVCache, tree: DraftTree):
             cache,
             engine.drafter.taps,
         )
-        return logits_of(params["target"], out.hidden_BxTxD), out.taps_BxTxM, out.cache
+        logits_BxTxV = logits_of(params["target"], out.hidden_BxTxD)
+        return Scored(logits_BxTxV, out.hidden_BxTxD, out.taps_BxTxM), out.cache
 
 
 def truncate(engine: Engine, tokens_BxA, count_B, remaining_B):
@@ -148,48 +158,51 @@ def commit(engine: Engine, state: DecodeState, cache, drafter_state, params, tap
         )
 
 
-def verify(engine: Engine, state: DecodeState, tree: DraftTree, logits_BxTxV):
+def verify(engine: Engine, state: DecodeState, tree: DraftTree, scored: Scored):
     """The rule, written for one sequence, mapped over the batch."""
+    rule, drafter = engine.rule, engine.drafter
 
-    def one(key, rounds, tree, logits_TxV):
+    def one(key, rounds, tree, logits_TxV, hidden_TxD):
         key = jax.random.fold_in(jax.random.fold_in(key, rounds), 0)
-        row = lambda node: logits_TxV[node]  # noqa: E731
-        return engine.rule.verify(key, tree, row, engine.drafter.depth, engine.sampling)
+        noise = make_noise(key, drafter.nodes, drafter.depth)
+        force_T = rule.force(hidden_TxD) if rule.reads_hidden else None
+        return rule.verify(noise, tree, LogitRows(logits_TxV, engine.sampling), force_T)
 
     with jax.named_scope("accept"):
-        return jax.vmap(one)(state.keys_B, state.rounds_B, tree, logits_BxTxV)
+        return jax.vmap(one)(
+            state.keys_B, state.rounds_B, tree, scored.logits_BxTxV, scored.hidden_BxTxD
+        )
 
 
 def round(engine: Engine, params, state: DecodeState) -> DecodeState:
     """One round. `params` is {"target": ..., "drafter": ...}; rows that are done do not change."""
     tree, drafter_state = draft(engine, params, state)
-    logits, taps, cache = score(engine, params, state.cache, tree)
-    out = verify(engine, state, tree, logits)
-    return commit(engine, state, cache, drafter_state, params, taps, out)
+    scored, cache = score(engine, params, state.cache, tree)
+    out = verify(engine, state, tree, scored)
+    return commit(engine, state, cache, drafter_state, params, scored.taps_BxTxM, out)
 
 
-def prefill(engine: Engine, params, tokens_BxP, prompts_B, limits_B, keys_B, slots, rounds):
-    """Runs the padded prompts, draws the first new token and fills the drafter's state.
-
-    Args:
-      tokens_BxP: prompts, padded on the right to a bucket.
-      prompts_B: their lengths.
-      limits_B: most new tokens per row (>= 1).
-      slots: S of every cache, static.
-      rounds: R, the most rounds that will be run, static.
-    """
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _prefill_target(config: ModelConfig, taps, target, tokens_BxP, prompts_B, slots: int):
+    """The target over padded prompts: (cache, logits_BxV after each prompt, taps or None)."""
     B, P = tokens_BxP.shape
-    target = params["target"]
-    dtype = target["embed"].dtype
     stacked = not isinstance(target["layers"], (list, tuple))
-    cache = empty_cache(engine.config, B, slots, dtype, stacked=stacked)
+    cache = empty_cache(config, B, slots, target["embed"].dtype, stacked=stacked)
     mask = causal_cache_mask(cache.lengths_B, P, slots)
     positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
-    taps = engine.drafter.taps
     with jax.named_scope("prefill"):
-        out = forward(target, engine.config, tokens_BxP, positions, mask, cache, taps)
+        out = forward(target, config, tokens_BxP, positions, mask, cache, taps)
     last = jnp.take_along_axis(out.hidden_BxTxD, (prompts_B - 1)[:, None, None], axis=1)
-    logits_BxV = logits_of(target, last)[:, 0]
+    return out.cache, logits_of(target, last)[:, 0], out.taps_BxTxM
+
+
+@functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=2)
+def _first_state(
+    engine: Engine, params, cache, logits_BxV, taps, tokens_BxP, prompts_B, limits_B, keys_B, rounds
+) -> DecodeState:
+    """Draws the first new token and fills the drafter's state from the prompt."""
+    B, P = tokens_BxP.shape
+    target, slots = params["target"], cache.slots
     # Rounds count from 1 here, so prefill's draw owns index 0 of the request's noise.
     first_keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, 0), 0))(keys_B)
     first_B = jax.vmap(lambda k, row: draw(k, row, engine.sampling))(first_keys, logits_BxV)
@@ -200,13 +213,13 @@ def prefill(engine: Engine, params, tokens_BxP, prompts_B, limits_B, keys_B, slo
     drafter_state = engine.drafter.prefill(
         params["drafter"],
         target,
-        engine.drafter.init_state(B, slots, dtype),
-        Committed(following, out.taps_BxTxM, prompts_B),
+        engine.drafter.init_state(B, slots, target["embed"].dtype),
+        Committed(following, taps, prompts_B),
     )
     ones = jnp.ones(B, jnp.int32)
     _, done_B = truncate(engine, first_B[:, None], ones, limits_B)
     return DecodeState(
-        cache=out.cache.replace(lengths_B=prompts_B),
+        cache=cache.replace(lengths_B=prompts_B),
         drafter=drafter_state,
         tokens_BxS=tokens_BxS,
         lengths_B=prompts_B + 1,
@@ -219,6 +232,27 @@ def prefill(engine: Engine, params, tokens_BxP, prompts_B, limits_B, keys_B, slo
     )
 
 
+def prefill(engine: Engine, params, tokens_BxP, prompts_B, limits_B, keys_B, slots, rounds):
+    """Runs the padded prompts, draws the first new token and fills the drafter's state.
+
+    Two programs: the target's forward, by far the longer to compile, is one for all drafters that
+    want the same taps, at any temperature.
+
+    Args:
+      tokens_BxP: prompts, padded on the right to a bucket.
+      prompts_B: their lengths.
+      limits_B: most new tokens per row (>= 1).
+      slots: S of every cache, static.
+      rounds: R, the most rounds that will be run, static.
+    """
+    cache, logits_BxV, taps = _prefill_target(
+        engine.config, engine.drafter.taps, params["target"], tokens_BxP, prompts_B, slots
+    )
+    return _first_state(
+        engine, params, cache, logits_BxV, taps, tokens_BxP, prompts_B, limits_B, keys_B, rounds
+    )
+
+
 # ---- the two drivers -----------------------------------------------------------------------------
 
 
@@ -226,9 +260,6 @@ def prefill(engine: Engine, params, tokens_BxP, prompts_B, limits_B, keys_B, slo
 def jit_round(engine: Engine, params, state: DecodeState) -> DecodeState:
     """`round`, compiled, the state donated."""
     return round(engine, params, state)
-
-
-jit_prefill = functools.partial(jax.jit, static_argnums=(0, 6, 7))(prefill)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

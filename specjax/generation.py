@@ -69,7 +69,9 @@ class TrainedDrafter:
             "format": "specjax",
             "algorithm": self.name,
             "target_fingerprint": self.fingerprint,
-            "drafter": dataclasses.asdict(self.definition),
+            "drafter": {
+                k: v for k, v in dataclasses.asdict(self.definition).items() if k != "proposal"
+            },
         }
         write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
 
@@ -77,7 +79,7 @@ class TrainedDrafter:
 def _definition(name: str, target: ModelConfig, config: dict) -> Drafter:
     if name not in DRAFTERS:
         raise ValueError(f"drafter: {name!r} is unknown; one of {tuple(DRAFTERS)}")
-    fields = {f.name for f in dataclasses.fields(DRAFTERS[name])} - {"target"}
+    fields = {f.name for f in dataclasses.fields(DRAFTERS[name])} - {"target", "proposal"}
     unknown = sorted(set(config) - fields)
     if unknown:
         raise ValueError(f"drafter {name!r} has no field {unknown[0]!r}; it has {sorted(fields)}")
@@ -102,7 +104,7 @@ def init_drafter(
       ValueError: unknown name or field, or a value out of range (names the field).
     """
     definition = _definition(name, target.config, config)
-    params = definition.init(jax.random.key(seed), target.params)
+    params = jax.jit(definition.init)(jax.random.key(seed), target.params)
     if vocab_ids is not None:
         ids = np.sort(np.asarray(vocab_ids, np.int32))
         if ids.shape != (definition.draft_vocab_size,) or len(np.unique(ids)) != len(ids):
@@ -228,6 +230,7 @@ def make_engine(
         rule = get_rule(rule)
     if sampling.greedy and rule.exact:
         rule = get_rule("greedy")  # every exact rule is greedy at temperature 0
+    definition = definition.drawn(rule.draws, sampling)
     stops = target.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
     engine = decoding.Engine(target.config, definition, rule, sampling, stops)
     return engine, {"target": target.params, "drafter": {} if drafter is None else drafter.params}
@@ -274,7 +277,7 @@ def start(
     slots = max(slots, cache_slots(engine, longest, max_new_tokens), padded.shape[1])
     # Every round emits a token, so there are never more rounds than slots; counting them by
     # max_new_tokens would compile anew for each value of it.
-    return decoding.jit_prefill(
+    return decoding.prefill(
         engine, params, jnp.asarray(padded), jnp.asarray(lengths), jnp.asarray(limits),
         request_keys(seed, len(prompts), first_request), slots, slots,
     )  # fmt: skip

@@ -104,6 +104,14 @@ def chain(depth: int) -> Topology:
     return Topology(tuple(range(-1, depth)))
 
 
+def chains(count: int, depth: int) -> Topology:
+    """`count` chains of `depth` nodes below one root, chain by chain."""
+    if count < 1 or depth < 1:
+        raise ValueError(f"chains: count {count} and depth {depth} must be at least 1")
+    starts = [1 + j * depth for j in range(count)]
+    return Topology((-1, *(0 if i == s else i - 1 for s in starts for i in range(s, s + depth))))
+
+
 def backbone(depth: int, candidates: int) -> Topology:
     """FastEagle's constrained tree (backbone expansion): every level hangs on the backbone.
 

@@ -298,7 +298,11 @@ def test_the_caches_are_donated_whole(target, fasteagle):
 
 def test_nothing_is_recompiled_inside_a_bucket(target, fasteagle):
     def compilations():
-        return decoding.jit_round._cache_size(), decoding.jit_prefill._cache_size()
+        return (
+            decoding.jit_round._cache_size(),
+            decoding._prefill_target._cache_size(),
+            decoding._first_state._cache_size(),
+        )
 
     options = dict(max_new_tokens=9, stop_tokens=STOPS)
     specjax.generate(target, [[1, 2], [3]], fasteagle, **options)

@@ -88,7 +88,7 @@ def prefilled(engine, params, prompts, limits, width=32, slots=64, rounds=26, ke
     lengths = np.array([len(p) for p in prompts], np.int32)
     limits = np.broadcast_to(np.asarray(limits, np.int32), lengths.shape)
     keys = request_keys(0, len(prompts)) if keys is None else keys
-    return decoding.jit_prefill(
+    return decoding.prefill(
         engine, params, jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(limits), keys,
         slots, rounds,
     )  # fmt: skip

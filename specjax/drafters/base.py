@@ -11,7 +11,9 @@ from typing import Any, ClassVar
 import flax.struct
 import jax
 
+from specjax.drafters.proposals import KINDS, Proposal
 from specjax.models.config import ModelConfig
+from specjax.sampling import Sampling
 from specjax.trees import DraftTree, Topology
 
 
@@ -43,8 +45,11 @@ class Drafter:
     name: ClassVar[str] = ""
     default_rule: ClassVar[str] = "match"
     trained: ClassVar[bool] = False  # whether it has parameters to train
+    proposals: ClassVar[tuple[str, ...]] = ("top",)  # kinds of drawing it offers
 
     target: ModelConfig
+    # How tokens are drawn; set by the rule that verifies them, not by the user.
+    proposal: Proposal = dataclasses.field(default=Proposal(), kw_only=True)
 
     @property
     def nodes(self) -> int:
@@ -91,6 +96,11 @@ class Drafter:
         """Takes in what verification committed (A = depth + 1 rows)."""
         return state
 
+    def drawn(self, kind: str, sampling: Sampling) -> "Drafter":
+        """The same drafter drawing its tokens as a rule needs them."""
+        proposal = Proposal(kind, sampling) if kind != "top" else Proposal()
+        return dataclasses.replace(self, proposal=proposal)
+
     def with_budget(self, **changes) -> "Drafter":
         """The same drafter (same parameters) with another tree."""
         return dataclasses.replace(self, **changes)
@@ -101,6 +111,7 @@ class Vanilla(Drafter):
     """No drafter: the tree is the root alone, so a round is one step of plain decoding."""
 
     name: ClassVar[str] = "vanilla"
+    proposals: ClassVar[tuple[str, ...]] = KINDS  # it draws nothing
 
     @property
     def nodes(self) -> int:

@@ -7,6 +7,7 @@ same recursion ("training-time test").
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -19,9 +20,10 @@ from specjax.drafters.features import (
     MidLayer,
     last_rows,
 )
+from specjax.drafters.proposals import beam_step, draw_children, log_law
 from specjax.models.transformer import head_VxD
 from specjax.sampling import argmax
-from specjax.trees import DraftTree, Topology, chain, children_from_parents
+from specjax.trees import DraftTree, Topology, chain, chains, children_from_parents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Eagle3(FeatureDrafter):
     """Autoregressive feature drafter; top_k = 1 is a chain, else EAGLE-2's expand and rerank."""
 
     name: ClassVar[str] = "eagle3"
+    proposals: ClassVar[tuple[str, ...]] = ("top", "without_replacement", "chains")
 
     steps: int = 7  # unrolled steps when training
     top_k: int = 1  # K: frontier width, and children tried per frontier node
@@ -40,9 +43,9 @@ class Eagle3(FeatureDrafter):
         if self.steps < 1 or self.top_k < 1 or self.draft_depth < 0:
             raise ValueError("steps, top_k: at least 1; draft_depth: at least 0")
         pool = self.top_k + (self.depth - 1) * self.top_k**2
-        if not self.depth < self.nodes <= pool + 1:
+        if not self.depth < self._budget <= pool + 1:
             raise ValueError(
-                f"total_nodes: {self.nodes} must be in [{self.depth + 1}, {pool + 1}] for depth "
+                f"total_nodes: {self._budget} must be in [{self.depth + 1}, {pool + 1}] for depth "
                 f"{self.depth} and top_k {self.top_k}"
             )
 
@@ -51,14 +54,26 @@ class Eagle3(FeatureDrafter):
         return self.draft_depth or self.steps
 
     @property
+    def width(self) -> int:
+        """Nodes a level of a sampled tree: as many as the node budget feeds."""
+        return min(self.top_k, max(1, (self._budget - 1) // self.depth))
+
+    @property
     def nodes(self) -> int:
+        return self.depth * self.width + 1 if self.proposal.sampled else self._budget
+
+    @property
+    def _budget(self) -> int:
         if self.total_nodes:
             return self.total_nodes
         return self.depth + 1 if self.top_k == 1 else 4 * self.depth
 
     @property
     def topology(self) -> Topology | None:
-        return chain(self.depth) if self.top_k == 1 else None
+        if self.proposal.kind == "chains":
+            return chains(self.width, self.depth)
+        narrow = self.width == 1 if self.proposal.sampled else self.top_k == 1
+        return chain(self.depth) if narrow else None
 
     @property
     def scratch(self) -> int:
@@ -126,7 +141,9 @@ class Eagle3(FeatureDrafter):
         (x,), cache, _ = self.extend(params, target_params, state.cache, state.pending)
         x_BxD = last_rows(x, state.pending.counts_B)
         root_B = context.root_B()
-        if self.top_k == 1:
+        if self.proposal.sampled:
+            tree, cache = self._draft_sampled(params, target_params, cache, x_BxD, root_B, key)
+        elif self.top_k == 1:
             tokens_BxD, cache = self._draft_chain(params, target_params, cache, x_BxD)
             tree = self.topology.draft(jnp.concatenate([root_B[:, None], tokens_BxD], axis=1))
         else:
@@ -212,6 +229,66 @@ class Eagle3(FeatureDrafter):
         row_of_parent = argmax(kept[:, None, :] == parent[..., None]) + 1
         parent = jnp.where(parent < 0, 0, row_of_parent)
         return _dynamic_tree(root_B, token, parent.astype(jnp.int32), self.depth, K), cache
+
+    def _draft_sampled(self, params, target_params, cache, x_BxD, root_B, keys_B):
+        """Draws W tokens a level: by stochastic beam search (RSD-S), or as W independent chains."""
+        B, D = x_BxD.shape
+        W, depth, independent = self.width, self.depth, self.proposal.kind == "chains"
+        R = max((depth - 1) * W, 1)
+
+        def laws(x):
+            logits = self.logits(params, target_params, x)
+            return self.to_target_laws(params, log_law(logits, self.proposal.sampling))
+
+        def level_keys(level):
+            return jax.vmap(lambda k: jax.random.fold_in(k, level))(keys_B)
+
+        law = laws(x_BxD[:, None])
+        phi, perturbed = jnp.zeros((B, 1)), jnp.zeros((B, 1))
+        rows = jnp.zeros((B, 1), jnp.int32)  # of the beams, in the tree
+        x = jnp.broadcast_to(x_BxD[:, None], (B, W, D))
+        visible_BxWxR = jnp.zeros((B, W, R), bool)
+        tokens, parents, valid, all_laws = [], [], [], [law]
+        for level in range(1, depth + 1):
+            if independent:
+                count = W if level == 1 else 1
+                draw = lambda k, q, n=count: draw_children(k, q, n, "chains")  # noqa: E731
+                keys = jax.vmap(lambda k, m=law.shape[1]: jax.random.split(k, m))(level_keys(level))
+                token_BxW = jax.vmap(jax.vmap(draw))(keys, law).reshape(B, W)
+                beam = jnp.broadcast_to(jnp.arange(W) % law.shape[1], (B, W))
+                perturbed = jnp.zeros((B, W))
+            else:
+                grow = functools.partial(beam_step, width=W)
+                token_BxW, beam, phi, perturbed = jax.vmap(grow)(
+                    level_keys(level), phi, perturbed, law
+                )
+            tokens.append(token_BxW)
+            parents.append(jnp.take_along_axis(rows, beam, axis=1))
+            valid.append(jnp.isfinite(perturbed))
+            rows = jnp.broadcast_to(1 + (level - 1) * W + jnp.arange(W, dtype=jnp.int32), (B, W))
+            if level == depth:
+                break
+            if level > 1:
+                x = jnp.take_along_axis(x, beam[..., None], axis=1)
+                visible_BxWxR = jnp.take_along_axis(visible_BxWxR, beam[..., None], axis=1)
+            own = jnp.arange(R) == (level - 1) * W + jnp.arange(W)[:, None]
+            visible_BxWxR = visible_BxWxR | own
+            with jax.named_scope(f"level_{level}"):
+                x, cache = self._frontier(
+                    params, target_params, cache, x, token_BxW, level, visible_BxWxR
+                )
+                law = laws(x)
+            all_laws.append(law)
+        all_laws.append(jnp.full((B, W, law.shape[-1]), -jnp.inf))  # the deepest have no children
+        law_BxTxV = jnp.concatenate(all_laws, axis=1)
+        if independent:  # level by level -> chain by chain
+            order = [0, *(1 + d * W + j for j in range(W) for d in range(depth))]
+            drafted = jnp.concatenate([root_B[:, None], *tokens], axis=1)[:, order]
+            return self.topology.draft(drafted, law_BxTxV[:, order]), cache
+        token, parent = jnp.concatenate(tokens, axis=1), jnp.concatenate(parents, axis=1)
+        tree = _dynamic_tree(root_B, token, parent.astype(jnp.int32), depth, W)
+        valid_BxT = jnp.concatenate([jnp.ones((B, 1), bool), *valid], axis=1)
+        return tree.replace(valid_T=valid_BxT, law_TxV=law_BxTxV), cache
 
 
 def _dynamic_tree(root_B, token_BxM, parent_BxM, depth: int, width: int) -> DraftTree:

@@ -24,11 +24,12 @@ from specjax.drafters.features import (
     MidLayer,
     last_rows,
 )
+from specjax.drafters.proposals import KINDS, draw_children, log_law
 from specjax.models.layers import RMSNorm
 from specjax.models.linear import linear
 from specjax.models.transformer import head_VxD, make_block
 from specjax.sampling import top_candidates
-from specjax.trees import Topology, backbone
+from specjax.trees import Topology, backbone, chains
 
 ENTRIES = ("fc2h", "wide_qkv")
 
@@ -38,6 +39,7 @@ class FastEagle(FeatureDrafter):
     """Single-pass cascade drafter on a backbone-expansion tree."""
 
     name: ClassVar[str] = "fasteagle"
+    proposals: ClassVar[tuple[str, ...]] = KINDS
 
     num_layers: int = 7  # N: trained depth
     entry: str = "fc2h"  # "fc2h": FC over [norm(g), norm(e)]; "wide_qkv": EAGLE-3's 2D-wide layer
@@ -61,6 +63,8 @@ class FastEagle(FeatureDrafter):
 
     @property
     def topology(self) -> Topology:
+        if self.proposal.kind == "chains":
+            return chains(self.candidates, self.depth)
         return backbone(self.depth, self.candidates)
 
     @property
@@ -132,10 +136,37 @@ class FastEagle(FeatureDrafter):
         # All depths read out at once: one product with the head instead of N.
         rows_BxNxD = jnp.stack([last_rows(h, state.pending.counts_B) for h in hidden], axis=1)
         logits_BxNxW = self.logits(params, target_params, rows_BxNxD)
-        _, best_BxNxC = top_candidates(logits_BxNxW, self.candidates)
-        best_BxNxC = self.to_target_ids(params, best_BxNxC)
-        backbone_BxN, leaves = best_BxNxC[..., 0], best_BxNxC[..., 1:]
-        root_Bx1 = context.root_B()[:, None]
-        leaves = leaves.reshape(leaves.shape[0], -1)
-        tokens_BxT = jnp.concatenate([root_Bx1, backbone_BxN, leaves], axis=1)
-        return self.topology.draft(tokens_BxT), state.replace(cache=cache)
+        if self.proposal.sampled:
+            drafted_BxM, law_BxTxV = self._sampled(params, logits_BxNxW, key)
+        else:
+            _, best_BxNxC = top_candidates(logits_BxNxW, self.candidates)
+            drafted_BxM, law_BxTxV = _by_row(self.to_target_ids(params, best_BxNxC)), None
+        tokens_BxT = jnp.concatenate([context.root_B()[:, None], drafted_BxM], axis=1)
+        return self.topology.draft(tokens_BxT, law_BxTxV), state.replace(cache=cache)
+
+    def _sampled(self, params, logits_BxNxW, keys_B):
+        """Tokens of rows 1.., drawn level by level, and the law behind every row's children.
+
+        The cascade's levels do not look at each other, so all nodes of one depth share one law.
+        """
+        kind, N = self.proposal.kind, self.depth
+        law_BxNxV = self.to_target_laws(params, log_law(logits_BxNxW, self.proposal.sampling))
+
+        def draw(key, logq_NxV):
+            level_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
+            one = lambda k, logq: draw_children(k, logq, self.candidates, kind)  # noqa: E731
+            return jax.vmap(one)(level_keys, logq_NxV)
+
+        drawn_BxNxC = jax.vmap(draw)(keys_B, law_BxNxV)
+        if kind == "chains":
+            drafted_BxM = drawn_BxNxC.transpose(0, 2, 1).reshape(len(drawn_BxNxC), -1)
+        else:
+            drafted_BxM = _by_row(drawn_BxNxC)
+        # The deepest rows have no children; theirs is any law.
+        return drafted_BxM, law_BxNxV[:, self.topology.depth_T.clip(max=N - 1)]
+
+
+def _by_row(tokens_BxNxC):
+    """Tokens by level and rank -> by row of the backbone tree: the backbone, then the leaves."""
+    leaves = tokens_BxNxC[..., 1:].reshape(tokens_BxNxC.shape[0], -1)
+    return jnp.concatenate([tokens_BxNxC[..., 0], leaves], axis=1)

@@ -166,6 +166,14 @@ class FeatureDrafter(Drafter):
         ids = self.vocab_ids(params)
         return draft_ids if ids is None else ids[draft_ids]
 
+    def to_target_laws(self, params, logq):
+        """Log-laws over the draft vocabulary -> over the whole one (last axis)."""
+        ids = self.vocab_ids(params)
+        if ids is None:
+            return logq
+        empty = jnp.full((*logq.shape[:-1], self.target.vocab_size), -jnp.inf)
+        return empty.at[..., ids].set(logq)
+
     def init_common(self, key, target_params) -> dict[str, Any]:
         """fc and norm, and the draft vocabulary's ids (the lowest, until data says otherwise)."""
         D, taps = self.target.hidden_size, len(self.taps)

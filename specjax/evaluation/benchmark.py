@@ -9,7 +9,7 @@ import numpy as np
 from specjax import decoding
 from specjax.data.prompt_files import Prompt
 from specjax.data.templates import encode_chat, encode_prompt, turn_messages
-from specjax.evaluation.lossless import distribution_verdict, identical_verdict
+from specjax.evaluation.lossless import distribution_verdict, identical_verdict, lossy_verdict
 from specjax.evaluation.records import MethodRun, TurnRecord
 from specjax.evaluation.timing import RoundTimes, count_flops, make_parts, time_round
 from specjax.generation import TrainedDrafter, bucket, cache_slots, collect, make_engine, start
@@ -98,10 +98,25 @@ class Runner:
         return times, count_flops(parts, self.params, state)
 
 
-def slots_for(target: Target, methods: Sequence[Method], longest: int, max_new_tokens: int) -> int:
-    """Cache slots that suit every method, so that all of them read caches of one size."""
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Cache slots and padded prompt length shared by all methods: one prefill to compile."""
+
+    slots: int = 0
+    length: int = 0
+
+
+def shared_shapes(target: Target, methods: Sequence[Method], prompts, protocol) -> Shapes:
+    """Shapes that suit every method, so that all of them read caches of one size."""
+    ids = [prompt_ids(target, p, [], protocol) for p in prompts]
+    longest = max(map(len, ids))
+    # Later turns hold the whole conversation so far.
+    if max(len(p.turns) for p in prompts) > 1:
+        longest += protocol.max_new_tokens + longest
+    longest = min(longest, target.config.max_position_embeddings)
     engines = [make_engine(target, m.drafter)[0] for m in methods]
-    return max(cache_slots(e, longest, max_new_tokens) for e in engines)
+    slots = max(cache_slots(e, longest, protocol.max_new_tokens) for e in engines)
+    return Shapes(slots, bucket(max(map(len, ids))))
 
 
 def benchmark(
@@ -110,11 +125,13 @@ def benchmark(
     prompts: Sequence[Prompt],
     protocol: Protocol,
     timing_repeats: int = 15,
+    shapes: Shapes | None = None,
 ) -> list[MethodRun]:
     """Runs every method on every prompt; vanilla is added in front if it is missing.
 
     Methods take turns on each batch of prompts, so that a slow spell of the machine hits them
-    alike. Everything is compiled on the first batch of each padded shape before it is timed.
+    alike. Everything is compiled on the first batch of each padded shape before it is timed;
+    `shapes` (default: what these methods and prompts need) let it share earlier compilations.
 
     Raises:
       ValueError: no prompts, or a prompt that does not fit the context.
@@ -125,12 +142,8 @@ def benchmark(
         methods = [VANILLA, *methods]
     turns = max(len(p.turns) for p in prompts)
     answers: dict = {(m.name, p.question_id): [] for m in methods for p in prompts}
-    ids = [prompt_ids(target, p, [], protocol) for p in prompts]
-    margin = 0 if turns == 1 else protocol.max_new_tokens + max(map(len, ids))
-    longest = min(max(map(len, ids)) + margin, target.config.max_position_embeddings)
-    slots = slots_for(target, methods, longest, protocol.max_new_tokens)
-    # First turns are padded alike: one prefill to compile for each method.
-    length = bucket(max(map(len, ids)))
+    shapes = shapes or shared_shapes(target, methods, prompts, protocol)
+    slots, length = shapes.slots, shapes.length
     runners = [Runner(target, m, protocol, slots, length) for m in methods]
     records: dict = {m.name: [] for m in methods}
     asked: dict = {m.name: [] for m in methods}
@@ -189,12 +202,14 @@ def _method_run(target, runner, turns, asked, reference, costs, protocol) -> Met
     method, engine = runner.method, runner.engine
     definition = engine.drafter
     times, (draft_flops, verify_flops) = costs
-    if protocol.sampling.greedy:
+    answers = [(a, t.tokens) for a, t in zip(asked, turns, strict=True)]
+    if not engine.rule.exact:
+        verdict = lossy_verdict(target, protocol.sampling, answers)
+    elif protocol.sampling.greedy:
         pairs = [(a, v.tokens, t.tokens) for a, v, t in zip(asked, reference, turns, strict=True)]
         verdict = identical_verdict(target, pairs)
     else:
-        pairs = [(a, t.tokens) for a, t in zip(asked, turns, strict=True)]
-        verdict = distribution_verdict(target, protocol.sampling, pairs)
+        verdict = distribution_verdict(target, protocol.sampling, answers)
     return MethodRun(
         method=method.name,
         task=protocol.task,

@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from specjax import decoding
@@ -35,22 +37,25 @@ def calibrate(
     max_new_tokens: int,
     label: str,
     slots: int = 0,
+    length: int = 0,
 ) -> list[Trial]:
     """Measures every budget (fields of the drafter that change its tree), fastest first.
 
-    tau comes from greedy decoding of all prompts in one batch (acceptance does not depend on the
-    batch), round time from batch 1, the setting of the benchmark.
+    Greedy decoding, prompt by prompt, as the benchmark does it; with the benchmark's `slots` and
+    padded prompt `length` it runs the very programs that are compiled here.
     """
     trials = []
     with progress(f"calibrate {label}", len(budgets)) as advance:
         for budget in budgets:
             variant = drafter.with_budget(**budget)
-            engine, params = make_engine(target, variant, stop_tokens=())
-            state = start(engine, params, list(prompts), max_new_tokens, slots=slots)
-            _, accepts = collect(decoding.run_host(engine, params, state))
-            rounds = [count for row in accepts for count in row[1:]]
-            single = start(engine, params, list(prompts[:1]), max_new_tokens, slots=slots)
-            round_ms = time_fused(engine, params, single, repeats=15)
+            engine, params = make_engine(target, variant)
+            first, rounds = None, []
+            for prompt in prompts:
+                state = start(engine, params, [prompt], max_new_tokens, 0, slots, length)
+                first = jax.tree.map(jnp.copy, state) if first is None else first
+                _, accepts = collect(decoding.run_host(engine, params, state))
+                rounds += accepts[0][1:]
+            round_ms = time_fused(engine, params, first, repeats=15)
             definition = variant.definition
             trials.append(
                 Trial(budget, definition.nodes, definition.depth, float(np.mean(rounds)), round_ms)

@@ -1,6 +1,7 @@
 """Where a round's time goes: draft, verify and the whole, as medians on the same states."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 
@@ -9,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import decoding
+from specjax.sampling import GREEDY
+from specjax.verification import get_rule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +46,35 @@ def time_fused(engine, params, state, repeats: int) -> float:
     )
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _draft(engine, params, drafter_state, rest):
+    return decoding.draft(engine, params, rest.replace(drafter=drafter_state))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _score(engine, params, cache, tree):
+    return decoding.score(engine, params, cache, tree)
+
+
 def make_parts(engine):
     """(draft, score) of an engine, jitted, each consuming the state it updates as a round does."""
+    # Scoring knows nothing of sampling: one program for all temperatures.
+    plain = dataclasses.replace(engine, rule=get_rule("greedy"), sampling=GREEDY)
+    return _Part(_draft, engine), _Part(_score, plain)
 
-    def draft(params, drafter_state, rest):
-        return decoding.draft(engine, params, rest.replace(drafter=drafter_state))
 
-    def score(params, cache, tree):
-        return decoding.score(engine, params, cache, tree)
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A jitted function with its engine given."""
 
-    return jax.jit(draft, donate_argnums=1), jax.jit(score, donate_argnums=1)
+    function: Callable
+    engine: decoding.Engine
+
+    def __call__(self, *arguments):
+        return self.function(self.engine, *arguments)
+
+    def lower(self, *arguments):
+        return self.function.lower(self.engine, *arguments)
 
 
 def count_flops(parts, params, state) -> tuple[float, float]:

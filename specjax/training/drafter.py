@@ -27,13 +27,29 @@ class TrainingCost:
     seconds: float
 
 
-def decode_tau(target: Target, drafter: TrainedDrafter, prompts, max_new_tokens: int) -> float:
-    """Tokens per round (prefill left out) of greedy decoding: what training is for."""
-    engine, params = make_engine(target, drafter, stop_tokens=())
-    state = start(engine, params, prompts, max_new_tokens)
-    _, accepts = collect(decoding.run_host(engine, params, state))
-    rounds = [count for row in accepts for count in row[1:]]
-    return float(np.mean(rounds))
+@dataclasses.dataclass(frozen=True)
+class TauProbe:
+    """Decode-time tau during training: greedy decoding of held-out prompts, one by one.
+
+    With the benchmark's tree, `slots` and padded prompt `length` it shares its compiled programs.
+    """
+
+    prompts: list[list[int]]  # token ids
+    max_new_tokens: int
+    slots: int = 0
+    length: int = 0
+
+    def __call__(self, target: Target, drafter: TrainedDrafter) -> float:
+        """Tokens per round, prefill left out."""
+        engine, params = make_engine(target, drafter)
+        rounds = []
+        for ids in self.prompts:
+            state = start(
+                engine, params, [ids], self.max_new_tokens, slots=self.slots, length=self.length
+            )
+            _, accepts = collect(decoding.run_host(engine, params, state))
+            rounds += accepts[0][1:]
+        return float(np.mean(rounds))
 
 
 def train_drafter(
@@ -41,7 +57,8 @@ def train_drafter(
     drafter: TrainedDrafter,
     cfg: ConfigDict,
     batch_fn,
-    tau_prompts,
+    tree: dict,
+    probe: TauProbe,
     folder,
     metrics: MetricsLog,
     label: str,
@@ -52,7 +69,8 @@ def train_drafter(
     Args:
       cfg: steps, batch_size, optimizer, loss, logging and checkpoint intervals.
       batch_fn: step -> {"tokens", "supervised"}, host arrays.
-      tau_prompts: held-out token-id prompts for decode-time tau.
+      tree: fields of the drafter that shape the tree it is probed with.
+      probe: measures decode-time tau on held-out prompts every `cfg.tau_every` steps.
       folder: the run folder.
       label: name in metrics and checkpoints.
       mesh: parameters and batches are sharded over it.
@@ -81,7 +99,7 @@ def train_drafter(
     def evaluate(state):
         # The state is donated to the next step: decode with a copy of its parameters.
         params = jax.tree.map(lambda w: jax.device_put(w.copy()), state.params)
-        return {"tau": decode_tau(target, with_params(params), tau_prompts, cfg.tau_new_tokens)}
+        return {"tau": probe(target, with_params(params).with_budget(**tree))}
 
     rows = batch_fn(0)["tokens"]
     tokens_per_step = int(rows.shape[0] * rows.shape[1])

@@ -1,9 +1,22 @@
-"""Verification rules by name. A new rule is one file here and one line in `_RULES`."""
+"""Verification rules by name. A new rule is one file here and one entry in `_RULES`."""
 
-from specjax.verification.base import Rule, VerifyOut
+from specjax.verification.base import Noise, Rule, VerifyOut, make_noise
+from specjax.verification.block import Block
+from specjax.verification.judge import Judge, JudgeHead
+from specjax.verification.k_seq import KSeq
 from specjax.verification.match import Greedy, Match
+from specjax.verification.node_law import law, verify
+from specjax.verification.recursive import RecursiveRejection
+from specjax.verification.token import Token
+from specjax.verification.traversal import Traversal
+from specjax.verification.typical import Typical
 
-_RULES = {rule.name: rule for rule in (Greedy, Match)}
+_RULES = {
+    rule.name: rule
+    for rule in (
+        Greedy, Match, Token, Block, RecursiveRejection, KSeq, Traversal, Typical, Judge,
+    )
+}  # fmt: skip
 
 
 def rule_names() -> tuple[str, ...]:
@@ -25,4 +38,14 @@ def get_rule(name: str, **parameters) -> Rule:
         raise ValueError(f"rule {name!r}: {error}") from error
 
 
-__all__ = ["Rule", "VerifyOut", "get_rule", "rule_names"]
+__all__ = [
+    "JudgeHead",
+    "Noise",
+    "Rule",
+    "VerifyOut",
+    "get_rule",
+    "law",
+    "make_noise",
+    "rule_names",
+    "verify",
+]

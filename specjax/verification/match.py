@@ -10,38 +10,63 @@ import dataclasses
 from collections.abc import Callable
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 
-from specjax.sampling import Sampling, draw
 from specjax.trees import DraftTree
-from specjax.verification.base import Rule, VerifyOut
+from specjax.verification.base import Rule, Tree, VerifyOut
 
 
-def walk(token_at: Callable, draft: DraftTree, depth: int) -> VerifyOut:
+def walk(token_at: Callable, draft: DraftTree, depth: int, force_T=None) -> VerifyOut:
     """Follows target tokens down the tree.
 
     Args:
       token_at: (depth, row) -> the target's token at that row; called once a depth.
       draft: one sequence's tree.
       depth: its maximal depth.
+      force_T: where no child has the token, the first forced child is followed instead.
     """
     rows = jnp.arange(draft.tokens_T.shape[0], dtype=jnp.int32)
     node, alive = jnp.int32(0), jnp.bool_(True)
     path, tokens, count = [], [], jnp.int32(0)
     for d in range(depth + 1):
         token = token_at(d, node)
+        child = jnp.int32(-1)
+        if d < depth:
+            child_T = (draft.parent_T == node) & draft.valid_T
+            child = jnp.max(jnp.where(child_T & (draft.tokens_T == token), rows, -1))
+            if force_T is not None:
+                last = rows.shape[0]
+                forced = jnp.min(jnp.where(child_T & force_T, rows, last))
+                child = jnp.where((child < 0) & (forced < last), forced, child)
+                token = jnp.where(child >= 0, draft.tokens_T[child], token)
         tokens.append(jnp.where(alive, token, -1))
         count = count + alive
-        if d == depth:
-            break
-        match_T = (draft.parent_T == node) & (draft.tokens_T == token) & draft.valid_T
-        child = jnp.max(jnp.where(match_T, rows, -1))
-        alive = alive & (child >= 0)
-        path.append(jnp.where(alive, child, -1))
-        node = jnp.where(alive, child, node)
+        if d < depth:
+            alive = alive & (child >= 0)
+            path.append(jnp.where(alive, child, -1))
+            node = jnp.where(alive, child, node)
     path_D = jnp.stack(path) if path else jnp.zeros(0, jnp.int32)
     return VerifyOut(path_D, jnp.stack(tokens), count)
+
+
+def match_law(tree: Tree, p_TxV) -> tuple[np.ndarray, np.ndarray]:
+    """The node law of following draws from p, forced children included."""
+    T, V = tree.shape
+    stop, following, reach = np.zeros(T), np.zeros((T, V)), np.eye(T)[0]
+    for v in range(T):
+        left = p_TxV[v].copy()
+        for c in tree.children[v]:
+            reach[c] += reach[v] * left[tree.tokens[c]]
+            left[tree.tokens[c]] = 0
+        forced = [c for c in tree.children[v] if tree.force_T[c]]
+        if forced:
+            reach[forced[0]] += reach[v] * left.sum()
+            continue
+        stop[v] = reach[v] * left.sum()
+        if left.sum() > 0:
+            following[v] = left / left.sum()
+    return stop, following
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +75,14 @@ class Match(Rule):
 
     name: ClassVar[str] = "match"
     exact: ClassVar[bool] = True
+    orderless: ClassVar[bool] = True
 
-    def verify(self, key, draft, logits_of, depth, sampling: Sampling) -> VerifyOut:
-        def token_at(d, row):
-            return draw(jax.random.fold_in(key, d), logits_of(row), sampling)
+    def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
+        token_at = lambda d, row: rows.token(row, noise.token_A[d])  # noqa: E731
+        return walk(token_at, draft, noise.token_A.shape[0] - 1, force_T)
 
-        return walk(token_at, draft, depth)
+    def law(self, tree: Tree):
+        return match_law(tree, tree.p_TxV)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +91,17 @@ class Greedy(Match):
 
     name: ClassVar[str] = "greedy"
 
-    def check(self, sampling: Sampling, drafter) -> None:
+    def check(self, sampling, drafter) -> None:
+        super().check(sampling, drafter)
         if not sampling.greedy:
             raise ValueError(
                 f"rule 'greedy' decodes at temperature 0 only, not {sampling.temperature}; "
                 "use 'match'"
             )
+
+    def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
+        token_at = lambda d, row: rows.best(row)  # noqa: E731
+        return walk(token_at, draft, noise.token_A.shape[0] - 1, force_T)
+
+    def law(self, tree: Tree):
+        return match_law(tree, np.eye(tree.shape[1])[tree.p_TxV.argmax(axis=1)])

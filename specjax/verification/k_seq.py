@@ -1,0 +1,145 @@
+"""SpecTr's k-SEQ: k independent chains, one acceptance scale rho for all of them.
+
+Source: Sun et al. 2310.15141. At a node where k chains agree so far, with
+beta(rho) = sum_x min(q, p/rho), rho solves 1 - (1 - beta)^k = rho beta on [1, k]; the chains' next
+tokens are tried in order, each accepted with probability min(1, p(x)/(rho q(x))). An accepted token
+keeps the chains that have it; otherwise the extra token's law is
+norm(p - min(q, p/rho) (1 - (1 - beta)^k)/beta).
+"""
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.sampling import categorical
+from specjax.verification.base import (
+    Rule,
+    Tree,
+    VerifyOut,
+    finish,
+    normalised,
+    scan_depth,
+)
+
+
+def _scale(p_V, q_V, k, where, loop):
+    """(rho, beta(rho)) by bisection; written once for NumPy and JAX arrays.
+
+    `where(c, a, b)` selects and `loop(n, f, x)` repeats x = f(x).
+    """
+    beta = lambda rho: (p_V / rho * (p_V < rho * q_V) + q_V * (p_V >= rho * q_V)).sum()  # noqa: E731
+
+    def halve(bounds):
+        low, high = bounds
+        rho = (low + high) / 2
+        b = beta(rho)
+        above = 1 - (1 - b) ** k >= rho * b  # the root is not below rho
+        return where(above, rho, low), where(above, high, rho)
+
+    low, _ = loop(60, halve, (1.0 + 0 * p_V.sum(), k + 0 * p_V.sum()))
+    return low, beta(low)
+
+
+def _numpy_scale(p_V, q_V, k: int) -> tuple[float, float]:
+    def loop(n, f, x):
+        for _ in range(n):
+            x = f(x)
+        return x
+
+    return (1.0, np.minimum(p_V, q_V).sum()) if k == 1 else _scale(p_V, q_V, k, np.where, loop)
+
+
+def _residual(p_V, q_V, rho, beta, k, xp):
+    """p - min(q, p/rho) (1 - (1 - beta)^k)/beta, clipped at rounding."""
+    share = (1 - (1 - beta) ** k) / xp.where(beta > 0, beta, 1.0)
+    return xp.maximum(p_V - xp.minimum(q_V, p_V / rho) * share, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class KSeq(Rule):
+    """k-SEQ over chains that share the root."""
+
+    name: ClassVar[str] = "k_seq"
+    exact: ClassVar[bool] = True
+
+    @property
+    def draws(self) -> str:
+        return "chains"
+
+    def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
+        depth = noise.token_A.shape[0] - 1
+        k = draft.child_TxC.shape[1]
+        if draft.law_TxV is None:
+            raise ValueError("rule 'k_seq': the draft's law was not recorded")
+
+        def below(at_K, active_K, level):
+            """Each active chain's next node, and whether it has one."""
+            first_K = draft.child_TxC[0]
+            next_K = jnp.where(level == 0, first_K, draft.child_TxC[at_K, 0])
+            row_K = jnp.maximum(next_K, 0)
+            return row_K, active_K & (next_K >= 0) & draft.valid_T[row_K]
+
+        def laws(node, count):
+            p_V, q_V = rows.probs(node), jnp.exp(draft.law_TxV[node])
+            loop = lambda n, f, x: jax.lax.fori_loop(0, n, lambda _, y: f(y), x)  # noqa: E731
+            k = count.astype(jnp.float32)
+            rho, beta = _scale(p_V, q_V, k, jnp.where, loop)
+            return p_V, q_V, jnp.where(count <= 1, 1.0, rho), beta, k
+
+        def step(carry, level):
+            node, at_K, active_K, alive = carry
+            next_K, there_K = below(at_K, active_K, level)
+            p_V, q_V, rho, _, _ = laws(node, jnp.sum(there_K))
+            x_K = draft.tokens_T[next_K]
+            accepted_K = there_K & (noise.accept_T[next_K] * rho * q_V[x_K] < p_V[x_K])
+            taken = jnp.argmax(accepted_K)
+            alive_now = alive & jnp.any(accepted_K)
+            same_K = there_K & (x_K == x_K[taken])
+            first = next_K[jnp.argmax(same_K)]
+            node = jnp.where(alive_now, first, node)
+            at_K = jnp.where(alive_now, next_K, at_K)
+            active_K = jnp.where(alive_now, same_K, active_K)
+            return node, at_K, active_K, alive_now
+
+        start = jnp.int32(0), jnp.zeros(k, jnp.int32), jnp.ones(k, bool), jnp.bool_(True)
+        node, at_K, active_K, _ = scan_depth(step, start, depth)
+        _, there_K = below(at_K, active_K, draft.depth_T[node])
+        p_V, q_V, rho, beta, count = laws(node, jnp.sum(there_K))
+        left_V = _residual(p_V, q_V, rho, beta, count, jnp)
+        law_V = jnp.where(jnp.any(there_K), normalised(left_V, p_V), p_V)
+        token = categorical(noise.token_A[draft.depth_T[node]], law_V)
+        return finish(draft, node, token, depth)
+
+    def law(self, tree: Tree):
+        T, V = tree.shape
+        stop, following = np.zeros(T), np.zeros((T, V))
+
+        def visit(active, mass):
+            """`active`: the nodes at which the agreeing chains stand, first chain first."""
+            node = active[0]
+            stand = list(tree.children[0]) if node == 0 else [
+                c for a in active for c in tree.children[a]
+            ]  # fmt: skip
+            p_V = tree.p_TxV[node]
+            if not stand:
+                stop[node], following[node] = stop[node] + mass, p_V
+                return
+            q_V, k = tree.drawn_from(node, stand[0]), len(stand)
+            rho, beta = _numpy_scale(p_V, q_V, k)
+            for x in dict.fromkeys(tree.tokens[c] for c in stand):
+                taken, missed = 0.0, 1.0
+                for c in stand:
+                    y = tree.tokens[c]
+                    accept = min(1.0, p_V[y] / (rho * q_V[y])) if q_V[y] else float(p_V[y] > 0)
+                    taken += missed * accept * (y == x)
+                    missed *= 1 - accept
+                visit([c for c in stand if tree.tokens[c] == x], mass * taken)
+            stop[node] += mass * missed
+            left_V = _residual(p_V, q_V, rho, beta, k, np)
+            following[node] = left_V / left_V.sum() if left_V.sum() > 0 else p_V
+
+        visit([0], 1.0)
+        return stop, following
