@@ -56,7 +56,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.data.prompts = "stdlib-train"  # prompt set whose continuations are the training data
     config.data.data_dir = ""  # folder of local prompt sets
     config.data.regenerate = True  # False: train on the given text as it stands
-    config.data.count = 384  # sequences
+    config.data.count = 256  # sequences
     config.data.max_prompt_tokens = 96  # the last ones are kept
     config.data.max_new_tokens = 128
     config.data.temperature = 0.0
@@ -65,7 +65,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.data.supervise_prompt = True
 
     config.train = ConfigDict()
-    config.train.steps = 200
+    config.train.steps = 150
     config.train.batch_size = 4
     config.train.optimizer = optimizer()
     config.train.loss = ConfigDict()
@@ -74,14 +74,15 @@ def base(name: str, preset: str) -> ConfigDict:
     config.train.loss.decay = 0.8  # weight of depth i is decay^(i-1)
     config.train.loss.chunk = 0  # rows of full-vocabulary logits held at once, 0 = all
     config.train.log_every = 20
-    config.train.checkpoint_every = 100
-    config.train.tau_every = 100
+    config.train.checkpoint_every = 75
+    config.train.tau_every = 75
     config.train.tau_prompts = 8
     config.train.tau_new_tokens = 32
 
     config.eval = ConfigDict()
     config.eval.tasks = ("stdlib",)
     config.eval.temperatures = (0.0, 1.0)
+    config.eval.rule = ""  # verification rule, "" = the drafter's own; greedy at temperature 0
     config.eval.top_k = 0
     config.eval.top_p = 1.0
     config.eval.prompts = 32  # of each task, 0 = all

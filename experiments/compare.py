@@ -1,5 +1,6 @@
 """Train every drafter of a config for one target, decode with all of them, write the run folder."""
 
+import dataclasses
 import os
 import platform
 import time
@@ -109,7 +110,7 @@ def train_all(config, target, drafters, rows, probe, folder, metrics, mesh) -> l
         )
         drafter = drafter.with_budget(**tree)
         drafter.save(folder / "drafters" / name)
-        methods.append(Method(name, drafter, cost))
+        methods.append(Method(name, drafter, cost, config.eval.rule or None))
     return methods
 
 
@@ -129,7 +130,7 @@ def calibrated(config, target, methods, prompts, shapes) -> tuple[list[Method], 
             f"Calibration of {method.name} on training prompts, fastest first: " + "; ".join(lines)
         )
         drafter = method.drafter.with_budget(**trials[0].budget)
-        best.append(Method(f"{method.name}/best", drafter, method.cost))
+        best.append(dataclasses.replace(method, name=f"{method.name}/best", drafter=drafter))
     return best, notes
 
 

@@ -14,7 +14,7 @@ from specjax import decoding
 from specjax.drafters import DRAFTERS, Drafter, Vanilla
 from specjax.files import write_safetensors, write_text
 from specjax.models.config import ModelConfig, RopeScaling
-from specjax.models.hf import Checkpoint
+from specjax.models.hf import WEIGHT_DTYPES, Checkpoint
 from specjax.models.target import Target
 from specjax.sampling import GREEDY, Sampling
 from specjax.training.sharding import path_of
@@ -154,7 +154,10 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
     checkpoint = Checkpoint(folder)
 
     def read(keys, leaf):
-        array = checkpoint.read(path_of(keys).replace("/", "."), leaf.shape)
+        # Constants (a draft vocabulary's ids) keep their own integer type.
+        integer = jnp.issubdtype(leaf.dtype, jnp.integer)
+        dtypes = (leaf.dtype.name,) if integer else WEIGHT_DTYPES
+        array = checkpoint.read(path_of(keys).replace("/", "."), leaf.shape, dtypes)
         return jnp.asarray(array, leaf.dtype)
 
     return TrainedDrafter(

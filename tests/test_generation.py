@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -197,6 +198,19 @@ def test_a_drafter_of_another_target_is_refused(drafter):
     other = toy_target(seed=1, num_layers=2, max_position_embeddings=CONTEXT)
     with pytest.raises(ValueError, match="'fasteagle' was made for another target"):
         specjax.generate(other, PROMPTS, drafter)
+
+
+@pytest.mark.parametrize("name", ["fasteagle", "eagle3"])
+def test_a_drafter_with_a_draft_vocabulary_survives_its_folder(target, name, tmp_path):
+    depth = {"fasteagle": dict(num_layers=2), "eagle3": dict(steps=2)}[name]
+    made = specjax.init_drafter(
+        name, target, draft_vocab_size=4, vocab_ids=[7, 1, 4, 9], **depth
+    )  # fmt: skip
+    made.save(tmp_path)
+    loaded = specjax.load_drafter(tmp_path, target)
+    assert loaded.definition == made.definition
+    assert loaded.params["buffers"]["vocab_ids"].tolist() == [1, 4, 7, 9]
+    assert jax.tree.all(jax.tree.map(np.array_equal, loaded.params, made.params))
 
 
 @pytest.mark.parametrize("ids", [[1, 2, 3], [1, 2, 2, 3], [[1, 2], [3, 4]]], ids=str)

@@ -1,18 +1,28 @@
-"""Verdicts on exactness: token identity at temperature 0, a test of the law above it."""
+"""Verdicts on exactness: token identity at temperature 0, tests of the law above it."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.evaluation.output_tests import (
+    AnswerScores,
+    OutputTest,
+    combined_p,
+    describe,
+    divergence,
+    output_tests,
+)
 from specjax.generation import bucket
 from specjax.models import transformer
 from specjax.models.target import Target
 from specjax.sampling import Sampling, filtered_probs
 
-TIE = 1e-4  # top-two logit gap under which fp32 rounding may pick either token
+TIE = 1e-4  # gap between two logits under which fp32 rounding may rank them either way
 
 
 def _padded(ids: list[int]) -> jnp.ndarray:
@@ -21,78 +31,182 @@ def _padded(ids: list[int]) -> jnp.ndarray:
     return jnp.asarray(row)
 
 
-def top_two_gap(target: Target, ids: list[int]) -> float:
-    """Gap between the target's two largest logits after the tokens `ids`."""
-    logits_V = target.logits(_padded(ids))[0, len(ids) - 1]
-    best = jax.lax.top_k(logits_V, 2)[0]
-    return float(best[0] - best[1])
+def next_logits(target: Target, prompt, new) -> np.ndarray:
+    """TxV: the target's logits for each new token, by one forward without a cache."""
+    ids = [*prompt, *new]
+    return np.asarray(target.logits(_padded(ids))[0, len(prompt) - 1 : len(ids) - 1])
 
 
-def identical_verdict(target: Target, pairs) -> dict:
+# ---- temperature 0 -------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Divergence:
+    """Where an answer first leaves its reference.
+
+    `gap` is the largest logit less the smaller one of the two tokens': the top-two gap, if they are
+    the top two. It is infinite where one of the answers just ends (its token is None).
+    """
+
+    answer: int  # index of the pair
+    position: int  # new tokens before it
+    gap: float
+    reference: int | None
+    emitted: int | None
+
+
+def divergences(target: Target, pairs) -> list[Divergence]:
+    """The first divergence of every answer that differs from its reference.
+
+    Args:
+      pairs: (prompt ids, reference's new tokens, the method's new tokens) of every turn.
+    """
+    found = []
+    for i, (prompt, reference, answer) in enumerate(pairs):
+        reference, answer = list(reference), list(answer)
+        if reference == answer:
+            continue
+        shared = list(zip(reference, answer, strict=False))
+        first = next((j for j, (a, b) in enumerate(shared) if a != b), len(shared))
+        tokens = [row[first] if first < len(row) else None for row in (reference, answer)]
+        gap = math.inf
+        if None not in tokens:
+            logits_V = next_logits(target, prompt, [*reference[:first], 0])[-1]
+            gap = float(np.max(logits_V) - np.min(logits_V[tokens]))
+        found.append(Divergence(i, first, gap, *tokens))
+    return found
+
+
+def identical_verdict(target: Target, pairs, tie: float = TIE) -> dict:
     """Compares answers with vanilla's.
 
     Args:
       pairs: (prompt ids, vanilla's new tokens, the method's new tokens) of every turn.
+      tie: gap under which rounding may pick either token.
 
     Returns:
       {"kind": "identical", "checked", "identical", "ties"}: a tie is an answer whose first
-      divergence lies where the target's top two logits are closer than 1e-4.
+      divergence lies between tokens whose logits are closer to the largest one than `tie`.
     """
-    same = ties = 0
-    for prompt, reference, answer in pairs:
-        if list(reference) == list(answer):
-            same += 1
-            continue
-        shared = list(zip(reference, answer, strict=False))
-        first = next((i for i, (a, b) in enumerate(shared) if a != b), len(shared))
-        ties += top_two_gap(target, list(prompt) + list(reference[:first])) < TIE
-    return {"kind": "identical", "checked": len(pairs), "identical": same, "ties": int(ties)}
+    parted = divergences(target, pairs)
+    ties = sum(d.gap < tie for d in parted)
+    same = len(pairs) - len(parted)
+    return {"kind": "identical", "checked": len(pairs), "identical": same, "ties": ties}
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _moments(params, config, sampling: Sampling, tokens_BxT):
-    """log p of each next token under the filtered law, with that law's mean and variance of it."""
-    hidden = transformer.forward(params, config, tokens_BxT).hidden_BxTxD
-    logits = transformer.logits_of(params, hidden)[:, :-1]
+def recomputed(target: Target, prompt, new) -> list[int]:
+    """Greedy tokens of one forward without a cache, as far as they agree with `new` and one more.
+
+    The slow twin of plain greedy decoding: equal to `new` if and only if every token of it is the
+    first maximum of the logits recomputed from the tokens before it.
+    """
+    best = next_logits(target, prompt, new).argmax(-1).tolist()
+    first = next((i for i, (a, b) in enumerate(zip(best, new, strict=True)) if a != b), len(new))
+    return best[: first + 1]
+
+
+# ---- above it ------------------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _score(params, config, sampling: Sampling, rows: int, tokens_1xS, first, tie):
+    """The fields of AnswerScores for the tokens at places first + 1 .. first + rows."""
+    at_T = jnp.minimum(first + jnp.arange(rows), tokens_1xS.shape[1] - 2)
+    hidden = transformer.forward(params, config, tokens_1xS).hidden_BxTxD
+    logits_TxV = transformer.logits_of(params, hidden[:, at_T])[0]
+    ids_V = jnp.arange(logits_TxV.shape[-1])
 
     def row(_, item):
         logits_V, token = item
         probs_V = filtered_probs(logits_V, sampling)
+        # Rounding moves the filter's edge: a token is outside only if it stays there when raised.
+        raised_V = filtered_probs(logits_V.at[token].add(tie), sampling)
+        probs_V = jnp.where(probs_V[token] > 0, probs_V, raised_V)
+        prob = probs_V[token]
         logp_V = jnp.where(probs_V > 0, jnp.log(jnp.where(probs_V > 0, probs_V, 1.0)), 0.0)
         mean = jnp.sum(probs_V * logp_V)
         variance = jnp.sum(probs_V * (logp_V - mean) ** 2)
-        return None, (logp_V[token], mean, variance, probs_V[token] > 0)
+        smaller_V = ids_V < token
+        likelier_V = (probs_V > prob) | ((probs_V == prob) & smaller_V)
+        below = jnp.sum(jnp.where(smaller_V, probs_V, 0.0))
+        above = jnp.sum(jnp.where(likelier_V, probs_V, 0.0))
+        return None, (logp_V[token], mean, variance, prob, below, above)
 
-    _, moments = jax.lax.scan(row, None, (logits[0], tokens_BxT[0, 1:]))
-    return moments
+    _, scores = jax.lax.scan(row, None, (logits_TxV, tokens_1xS[0, at_T + 1]))
+    return scores
 
 
-def distribution_verdict(target: Target, sampling: Sampling, answers) -> dict:
-    """Tests whether sampled answers follow the target's law.
-
-    Under the exact law the sum of log p(x_t) - E[log p] over all sampled tokens is a martingale
-    whose variance is the sum of the conditional variances, so its standard score is asymptotically
-    standard normal, stop tokens included. Every answer is re-scored by plain causal decoding.
+def score_answers(
+    target: Target, sampling: Sampling, answers, tie: float = TIE
+) -> list[AnswerScores]:
+    """Each answer's tokens under the target's filtered laws: one forward an answer, no cache.
 
     Args:
-      answers: (prompt ids, new tokens) of every turn.
+      answers: (prompt ids, new tokens) of every turn; answers without tokens are left out.
+      tie: logits this close may change places by rounding, so a token counts as forbidden (its
+        probability is 0) only if the filter forbids it even with its logit raised by as much; at
+        temperature 0, only if it is no maximum even then.
+    """
+    scores = []
+    for prompt, new in answers:
+        if not len(new):
+            continue
+        fields = _score(
+            target.params, target.config, sampling, bucket(len(new)),
+            _padded([*prompt, *new]), len(prompt) - 1, tie,
+        )  # fmt: skip
+        scores.append(AnswerScores(*(np.asarray(f)[: len(new)] for f in fields)))
+    return scores
+
+
+def tested_answers(
+    target: Target, sampling: Sampling, answers, tie: float = TIE, seed: int = 0
+) -> tuple[dict, list[OutputTest]]:
+    """`distribution_verdict` with the tests it is made of."""
+    scores = score_answers(target, sampling, answers, tie)
+    tests = output_tests(scores, seed)
+    test = describe(tests, sum(len(s.prob_T) for s in scores))
+    return {"kind": "distribution", "test": test, "p_value": combined_p(tests)}, tests
+
+
+def distribution_verdict(
+    target: Target, sampling: Sampling, answers, tie: float = TIE, seed: int = 0
+) -> dict:
+    """Tests whether sampled answers follow the target's law (see `output_tests`).
+
+    Args:
+      answers: (prompt ids, new tokens) of every turn: all that were decoded, however they ended.
+      tie: see `score_answers`.
+      seed: of the noise that makes token ids continuous; it has nothing to do with decoding's.
 
     Returns:
       {"kind": "distribution", "test", "p_value"}; a token that the filter forbids gives p = 0.
     """
-    total = spread = 0.0
-    count, forbidden = 0, False
-    for prompt, new in answers:
-        ids = list(prompt) + list(new)
-        logp, mean, variance, allowed = jax.device_get(
-            _moments(target.params, target.config, sampling, _padded(ids))
-        )
-        span = slice(len(prompt) - 1, len(ids) - 1)
-        total += float(np.sum(logp[span] - mean[span]))
-        spread += float(np.sum(variance[span]))
-        forbidden |= not bool(np.all(allowed[span]))
-        count += len(new)
-    score = total / math.sqrt(spread) if spread > 0 else 0.0
-    p_value = 0.0 if forbidden else math.erfc(abs(score) / math.sqrt(2))
-    test = f"martingale z-test of log p, {count} tokens, z = {score:.2f}"
-    return {"kind": "distribution", "test": test, "p_value": p_value}
+    return tested_answers(target, sampling, answers, tie, seed)[0]
+
+
+def lossy_verdict(
+    target: Target, sampling: Sampling, answers: Sequence, tie: float = TIE, seed: int = 0
+) -> dict:
+    """How far a rule that is lossy by design strays from the target, in [0, 1].
+
+    Above temperature 0: `output_tests.divergence`, a lower bound of the mean total variation
+    between emitted and target law. At temperature 0 both laws are points and the same mean is the
+    share of tokens that are not the target's greedy choice after the tokens before them (ties
+    excused). `chance` is what an exact rule would show.
+
+    Args: as `distribution_verdict`.
+
+    Returns:
+      {"kind": "lossy", "divergence", "chance", "measure"}.
+    """
+    scores = score_answers(target, sampling, answers, tie)
+    count = sum(len(s.prob_T) for s in scores)
+    if sampling.greedy:
+        wrong = sum(int(np.sum(s.prob_T <= 0)) for s in scores)
+        distance, chance = wrong / max(count, 1), 0.0
+        measure = f"share of {count} tokens that are not the target's greedy choice"
+    else:
+        distance, chance = divergence(scores, seed)
+        measure = f"KS distance of probability-ordered PIT values, {count} tokens"
+    return {"kind": "lossy", "divergence": distance, "chance": chance, "measure": measure}

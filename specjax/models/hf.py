@@ -156,7 +156,7 @@ class Checkpoint:
                 raise ValueError(f"{path}: truncated or not safetensors: {error}") from error
             self.names |= {name: shard for name in self._files[shard].keys()}
 
-    def read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    def read(self, name: str, shape: tuple[int, ...], dtypes=WEIGHT_DTYPES) -> np.ndarray:
         """One tensor; checks its presence, shape and dtype."""
         if name not in self.names:
             raise ValueError(f"{self.folder}: tensor {name} is missing")
@@ -164,9 +164,9 @@ class Checkpoint:
         array = self._files[self.names[name]].get_tensor(name)
         if array.shape != shape:
             raise ValueError(f"{path}: {name} has shape {array.shape}, config.json asks {shape}")
-        if array.dtype.name not in WEIGHT_DTYPES:
+        if array.dtype.name not in dtypes:
             raise ValueError(
-                f"{path}: {name} has dtype {array.dtype.name}; one of {WEIGHT_DTYPES} is expected"
+                f"{path}: {name} has dtype {array.dtype.name}; one of {dtypes} is expected"
             )
         return array
 

@@ -33,10 +33,10 @@ from specjax.verification.recursive import strike_out, struck_out
 
 
 def post_order(draft: DraftTree, depth: int):
-    """int32 rank of each node when children come before parents, siblings in draw order."""
+    """int32 rank of each valid node: children before parents, siblings in draw order."""
     T, C = draft.child_TxC.shape
-    visible_TxT = visible_from_parents(draft.parent_T, depth)
-    size_T = jnp.sum(visible_TxT, axis=0).astype(jnp.int32)  # nodes at and below each
+    below_TxT = visible_from_parents(draft.parent_T, depth) & draft.valid_T[:, None]
+    size_T = jnp.sum(below_TxT, axis=0).astype(jnp.int32)  # valid nodes at and below each
 
     def enter(pre_T, v):
         def place(rank, carry):

@@ -1,5 +1,6 @@
 """Sample-and-match: its law by enumeration, its sampler by chi-square, both against slow twins."""
 
+import functools
 import itertools
 
 import jax
@@ -7,10 +8,13 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
+from toys import toy_target
 
-from specjax.sampling import Sampling, draw
+from specjax.drafters import Vanilla
+from specjax.sampling import Sampling
 from specjax.trees import DraftTree, backbone, chain
-from specjax.verification import get_rule, rule_names
+from specjax.verification import get_rule, make_noise, rule_names
+from specjax.verification.base import LogitRows
 from specjax.verification.match import Greedy, Match, walk
 
 ROWS = 9  # every tree is padded to this many rows; what is not used is invalid
@@ -238,8 +242,8 @@ def sampled(rule, peaked, sampling):
 
     @jax.jit
     def run(keys):
-        one = lambda k: rule.verify(k, draft, lambda row: logits[row], DEPTH, sampling)  # noqa: E731
-        return jax.vmap(one)(keys)
+        rows = LogitRows(logits, sampling)
+        return jax.vmap(lambda k: rule.verify(make_noise(k, ROWS, DEPTH), draft, rows))(keys)
 
     logits = jnp.asarray(logits)
     out = jax.device_get(run(jax.random.split(jax.random.key(7), KEYS)))
@@ -266,24 +270,24 @@ def test_sampler_follows_the_law(peaked, sampling):
 
 
 class OneNoise(Match):
-    """Planted bug: one key for all depths."""
+    """Planted bug: one uniform number for all depths."""
 
-    def verify(self, key, draft, logits_of, depth, sampling):
-        return walk(lambda d, row: draw(key, logits_of(row), sampling), draft, depth)
+    def verify(self, noise, draft, rows, force_T=None):
+        return walk(lambda d, row: rows.token(row, noise.token_A[0]), draft, DEPTH)
 
 
 class RawExtra(Match):
     """Planted bug: a leaf's token (always the extra one) skips top-k and top-p."""
 
-    def verify(self, key, draft, logits_of, depth, sampling):
-        raw = Sampling(sampling.temperature)
+    def verify(self, noise, draft, rows, force_T=None):
+        raw = LogitRows(rows.logits_TxV, Sampling(rows.sampling.temperature))
 
         def token_at(d, row):
-            key_d, logits = jax.random.fold_in(key, d), logits_of(row)
+            uniform = noise.token_A[d]
             leaf = ~jnp.any((draft.parent_T == row) & draft.valid_T)
-            return jnp.where(leaf, draw(key_d, logits, raw), draw(key_d, logits, sampling))
+            return jnp.where(leaf, raw.token(row, uniform), rows.token(row, uniform))
 
-        return walk(token_at, draft, depth)
+        return walk(token_at, draft, DEPTH)
 
 
 @pytest.mark.parametrize(
@@ -310,17 +314,23 @@ def batch():
     return trees, logits, jax.random.split(jax.random.key(8), 16)
 
 
+def verified(rule, sampling, keys, trees, logits):
+    """The rule on a batch of trees of depth 3, one key a tree."""
+    return jax.device_get(run_batch(rule, sampling, keys, device(trees), jnp.asarray(logits)))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def run_batch(rule, sampling, keys, trees, logits):
+    def one(key, tree, logits_TxV):
+        return rule.verify(make_noise(key, ROWS, 3), tree, LogitRows(logits_TxV, sampling))
+
+    return jax.vmap(one)(keys, trees, logits)
+
+
 @pytest.mark.parametrize("rule", [Greedy(), Match()], ids=repr)
 def test_greedy_follows_the_argmax(batch, rule):
     trees, logits, keys = batch
-    sampling = Sampling()
-
-    @jax.jit
-    def run(keys, trees, logits):
-        one = lambda k, t, x: rule.verify(k, t, lambda row: x[row], 3, sampling)  # noqa: E731
-        return jax.vmap(one)(keys, trees, logits)
-
-    out = jax.device_get(run(keys, device(trees), jnp.asarray(logits)))
+    out = verified(rule, Sampling(), keys, trees, logits)
     assert out.count.max() > 2
     for i, tree in enumerate(trees):
         fields = tree["parent_T"], tree["tokens_T"], tree["valid_T"]
@@ -333,18 +343,11 @@ def test_greedy_follows_the_argmax(batch, rule):
 def test_rows_of_a_batch_do_not_touch_each_other(batch):
     trees, logits, keys = batch
     sampling = Sampling(0.9, 5, 0.95)
-
-    @jax.jit
-    def run(keys, trees, logits):
-        one = lambda k, t, x: Match().verify(k, t, lambda row: x[row], 3, sampling)  # noqa: E731
-        return jax.vmap(one)(keys, trees, logits)
-
-    whole = jax.device_get(run(keys, device(trees), jnp.asarray(logits)))
+    whole = verified(Match(), sampling, keys, trees, logits)
     assert len(set(whole.count.tolist())) > 2
     order = np.array([3, 3, 15, 0, 7, 9, 1, 2, 14, 13, 5, 5, 5, 8, 11, 4])  # permuted, repeated
-    part = jax.device_get(
-        run(keys[order], device([trees[i] for i in order]), jnp.asarray(logits[order]))
-    )
+    shuffled = [trees[i] for i in order]
+    part = verified(Match(), sampling, keys[order], shuffled, logits[order])
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[order], b), whole, part)
     for i in range(16):  # nothing with probability zero is ever emitted
         rows = [0, *whole.path_D[i][whole.path_D[i] >= 0]]
@@ -372,7 +375,8 @@ def test_unknown_rules_and_parameters_are_named():
 
 
 def test_greedy_refuses_a_temperature():
+    drafter = Vanilla(toy_target().config)
     with pytest.raises(ValueError, match="greedy.*0.7.*match"):
-        Greedy().check(Sampling(0.7), None)
-    Greedy().check(Sampling(), None)
-    Match().check(Sampling(0.7), None)
+        Greedy().check(Sampling(0.7), drafter)
+    Greedy().check(Sampling(), drafter)
+    Match().check(Sampling(0.7), drafter)

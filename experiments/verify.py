@@ -1,0 +1,195 @@
+"""Checks that decoding with a drafter emits what the target alone would have emitted.
+
+python -m experiments.verify --target=FOLDER [--drafter=FOLDER] [--rule=NAME]
+
+Exit status: 0 if every check holds (a lossy rule is measured and labelled, not checked), 1 if one
+fails, 2 if the flags or the files they name are wrong.
+"""
+
+import json
+import os
+import sys
+
+from absl import app, flags
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+
+from specjax import load_drafter, load_target
+from specjax.data.prompts import load_prompts
+from specjax.evaluation.benchmark import Protocol, prompt_ids
+from specjax.evaluation.exactness import (
+    Check,
+    Settings,
+    check_pair,
+    outcome,
+    overall,
+    resolve_rules,
+    rounding_tie,
+    verdict_line,
+)
+from specjax.files import write_text
+from specjax.verification import get_rule
+
+_TARGET = flags.DEFINE_string("target", "builtin", "'builtin', a model folder or a hub id")
+_DRAFTER = flags.DEFINE_string(
+    "drafter", None, "drafter folder; none: plain decoding against recomputation without a cache"
+)
+_RULE = flags.DEFINE_string("rule", None, "verification rule; none: the drafter's default")
+_TEMPERATURES = flags.DEFINE_list("temperatures", "0,0.6,1.0", "temperatures to check")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "keep the k most probable tokens, 0 = all")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "keep the most probable tokens up to this mass, 1 = all")
+_PROMPTS = flags.DEFINE_string("prompts", "stdlib", "prompt set, by name or path")
+_DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of the named prompt sets")
+_COUNT = flags.DEFINE_integer("count", 24, "prompts, at most", lower_bound=1)
+_MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "new tokens an answer", lower_bound=1)
+_BATCH = flags.DEFINE_integer("batch", 0, "prompts decoded at once, 0 = all", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "of sampling; not of what tests it")
+_DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "of the target")
+_ALPHA = flags.DEFINE_float(
+    "alpha", 0.01, "chance, over all temperatures together, of refusing an exact pair"
+)
+_JSON = flags.DEFINE_string("json", None, "file to write the outcome to")
+
+
+def usage_error(flag: str, error) -> app.UsageError:
+    """An error that names the flag and ends with status 2."""
+    return app.UsageError(f"--{flag}: {error}", exitcode=2)
+
+
+# ---- printing ------------------------------------------------------------------------------------
+
+
+def make_console(file=None) -> Console:
+    """Colour and the window's width on a terminal, plain text wide enough for tables elsewhere."""
+    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 120
+    return console
+
+
+def _table(console, headings: str, rows):
+    table = Table(box=MARKDOWN)
+    for index, heading in enumerate(headings.split("|")):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_check(console: Console, check: Check, settings: Settings, tie: float, drafted: bool):
+    """Tables, explanations and the verdict line of one temperature."""
+    drafts = f", {check.accepted} of {check.tokens} tokens accepted drafts" if drafted else ""
+    console.print(f"\nT={check.temperature:g}, rule {check.rule}{drafts}", style="bold")
+    if check.tests:
+        rows = [
+            (t.name, f"{t.symbol} = {t.statistic:.3f}", f"{t.p_value:.3g}") for t in check.tests
+        ]
+        _table(console, "test|statistic|p-value", rows)
+    if check.divergences:
+        rows = [
+            (
+                str(d.answer), str(d.position), f"{d.gap:.3g}", str(d.reference), str(d.emitted),
+                "tie" if d.gap < tie else "differs",
+            )
+            for d in check.divergences
+        ]  # fmt: skip
+        _table(console, "prompt|new token|logit gap|reference|emitted|triage", rows)
+    for failure in check.failures:
+        console.print(f"failed: {failure}", style="red")
+    if drafted and not check.accepted:
+        console.print("note: no drafted token was accepted, so acceptance itself was not checked")
+    style = {True: "green", False: "red", None: "yellow"}[check.passed]
+    console.print(verdict_line(check, settings), style=style)
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+def verify(target, drafter, prompts, rule=None, settings=None, file=None) -> tuple[int, dict]:
+    """Checks a pair and prints what it finds.
+
+    Args:
+      target, drafter, prompts, rule, settings: see `exactness.check_pair`; the rule may be an
+        object of one's own.
+      file: where to print; standard output if absent.
+
+    Returns:
+      (exit status, what --json writes).
+    """
+    settings = settings or Settings()
+    console = make_console(file)
+    tie, noise = rounding_tie(target, drafter, prompts)
+    console.print(
+        f"{target.name}, {'no drafter' if drafter is None else drafter.name}, "
+        f"{target.params['embed'].dtype}, {len(prompts)} prompts x {settings.max_new_tokens} tokens"
+    )
+    measured = f", 4 x the measured {noise:.2g}" if noise else ""
+    console.print(f"logits closer than {tie:.2g} count as tied{measured}")
+    checks = check_pair(target, drafter, prompts, rule, settings, tie)
+    for check in checks:
+        print_check(console, check, settings, tie, drafter is not None)
+    console.print(f"\n{overall(checks)}", style="bold")
+    report = outcome(checks, settings, tie)
+    return int(not report["passed"]), report
+
+
+def read_flags():
+    """(target, drafter, prompts, settings) that the flags name. Raises app.UsageError."""
+
+    def tried(flag, call, *args, **kwargs):
+        try:
+            return call(*args, **kwargs)
+        except (ValueError, OSError, ImportError) as error:
+            raise usage_error(flag, error) from error
+
+    temperatures = tried("temperatures", lambda: tuple(map(float, _TEMPERATURES.value)))
+    try:
+        settings = Settings(
+            temperatures, _TOP_K.value, _TOP_P.value, _MAX_NEW_TOKENS.value, _BATCH.value,
+            _SEED.value, _ALPHA.value,
+        )  # fmt: skip
+    except ValueError as error:
+        raise app.UsageError(f"--{error}", exitcode=2) from error  # starts with the field
+    if _RULE.value is not None:
+        tried("rule", get_rule, _RULE.value)
+    target = tried("target", load_target, _TARGET.value, _DTYPE.value)
+    drafter = tried("drafter", load_drafter, _DRAFTER.value, target) if _DRAFTER.value else None
+    tried("rule", resolve_rules, target, drafter, _RULE.value, settings)
+    texts = tried("prompts", load_prompts, _PROMPTS.value, _COUNT.value, _DATA_DIR.value)
+    room = target.config.max_position_embeddings - settings.max_new_tokens
+    if room < 2:
+        raise usage_error("max_new_tokens", f"{settings.max_new_tokens} leave no room for a prompt")
+    protocol = Protocol(
+        "verify", settings.sampling(0.0), settings.max_new_tokens, max_prompt_tokens=room
+    )
+    prompts = [prompt_ids(target, p, [], protocol) for p in texts]
+    return target, drafter, prompts, settings
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected argument {argv[1]!r}", exitcode=2)
+    target, drafter, prompts, settings = read_flags()
+    status, report = verify(target, drafter, prompts, _RULE.value, settings)
+    if _JSON.value:
+        files = {"target": _TARGET.value, "drafter": _DRAFTER.value, "dtype": _DTYPE.value}
+        text = json.dumps(files | report, indent=2, allow_nan=False) + "\n"
+        try:
+            write_text(_JSON.value, text)
+        except OSError as error:
+            raise usage_error("json", error) from error
+    sys.exit(status)
+
+
+def parse_flags(argv):
+    """absl's parser ends with status 1 on a bad flag; that status means a failed check here."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"{error}\nPass --help for the flags.", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse_flags)

@@ -1,0 +1,146 @@
+"""Whole generations follow the target: the joint law of the first tokens, over several rounds.
+
+Thousands of requests with one prompt run in one batch; a chi-square test compares them with the
+joint law computed from the target's own logits, one causal forward over every prefix.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import laws
+import numpy as np
+import pytest
+from toys import toy_target
+
+import specjax
+from specjax import decoding, generation
+from specjax.sampling import Sampling
+from specjax.verification import get_rule
+
+VOCAB, PROMPT, REQUESTS, NEW = 5, [1, 3, 0], 6_000, 6
+HOT, WARM, COLD = Sampling(1.3), Sampling(1.0), Sampling(0.6)
+FILTERED = [Sampling(t, 4, 0.9) for t in (1.3, 1.0, 0.6)]
+HOT_CUT, WARM_CUT, COLD_CUT = FILTERED
+
+CHAIN = {"fasteagle": dict(candidates=1), "eagle3": dict(top_k=1)}
+TREE = {"fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6)}
+WIDE = {"fasteagle": dict(candidates=3), "eagle3": dict(top_k=2, total_nodes=6)}
+
+
+@pytest.fixture(scope="module")
+def target():
+    return toy_target(seed=5, vocab_size=VOCAB, num_layers=3, max_position_embeddings=64)
+
+
+@pytest.fixture(scope="module")
+def logits(target):
+    """Logits after PROMPT and every continuation shorter than NEW: {prefix: logits_V}."""
+    tails = np.array(list(itertools.product(range(VOCAB), repeat=NEW - 1)))
+    rows = np.concatenate([np.tile(PROMPT, (len(tails), 1)), tails], axis=1)
+    out = np.asarray(target.logits(rows.astype(np.int32)), np.float64)[:, len(PROMPT) - 1 :]
+    table = {}
+    for tail, row in zip(tails.tolist(), out, strict=True):
+        for n in range(NEW):
+            table.setdefault(tuple(tail[:n]), row[n])
+    return table
+
+
+@pytest.fixture(scope="module")
+def joint(logits):
+    """sampling -> the exact joint law of NEW tokens."""
+
+    @functools.cache
+    def of(sampling):
+        table = {prefix: laws.filtered(row, sampling) for prefix, row in logits.items()}
+        return laws.joint(table, VOCAB, NEW)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def drafter(target):
+    """(name, tree shape) -> a drafter of depth 2, near enough to the target to be accepted."""
+
+    @functools.cache
+    def of(name, shape):
+        steps = {"fasteagle": dict(num_layers=2), "eagle3": dict(steps=2)}[name]
+        return specjax.init_drafter(name, target, **steps, **dict(shape))
+
+    return of
+
+
+def marginal(joint, tokens, first, last):
+    """(observed, expected) cells of tokens first..last-1."""
+    axes = tuple(i for i in range(NEW) if not first <= i < last)
+    law = joint.sum(axis=axes)
+    seen, counts = np.unique(tokens[:, first:last], axis=0, return_counts=True)
+    observed = {tuple(x): int(n) for x, n in zip(seen.tolist(), counts, strict=True)}
+    return observed, {x: float(p) for x, p in np.ndenumerate(law) if p > 0}
+
+
+def generated(target, drafter, sampling, rule, seed):
+    """(tokens, emitted by round) of REQUESTS requests for PROMPT."""
+    engine, params = generation.make_engine(target, drafter, sampling, (), rule)
+    state = generation.start(engine, params, [PROMPT] * REQUESTS, NEW, seed)
+    state = decoding.run_device(engine, params, state)
+    new, accepts = generation.collect(state)
+    return np.array(new), accepts
+
+
+RUNS = [
+    ("match", {}, "fasteagle", TREE, WARM),
+    ("match", {}, "fasteagle", TREE, HOT_CUT),
+    ("match", {}, "eagle3", TREE, COLD_CUT),
+    ("token", {}, "fasteagle", CHAIN, COLD),
+    ("token", {}, "eagle3", CHAIN, HOT_CUT),
+    ("block", {}, "fasteagle", CHAIN, HOT),
+    ("block", {}, "eagle3", CHAIN, WARM_CUT),
+    ("recursive_rejection", {}, "fasteagle", WIDE, COLD_CUT),
+    ("recursive_rejection", {"replacement": True}, "fasteagle", TREE, HOT),
+    ("recursive_rejection", {}, "eagle3", TREE, WARM),
+    ("traversal", {}, "fasteagle", WIDE, WARM_CUT),
+    ("traversal", {"replacement": True}, "fasteagle", TREE, COLD),
+    ("traversal", {}, "eagle3", TREE, HOT_CUT),
+    ("k_seq", {}, "fasteagle", TREE, WARM),
+    ("k_seq", {}, "eagle3", TREE, COLD_CUT),
+]
+
+
+def name_of(run):
+    name, parameters, drafter, _, s = run
+    return "-".join([name, *parameters, drafter, str(s.temperature), *(["cut"] * (s.top_k > 0))])
+
+
+@pytest.mark.parametrize("run", RUNS, ids=name_of)
+def test_the_joint_law_of_the_first_tokens(target, drafter, joint, run):
+    name, parameters, drafter_name, shapes, sampling = run
+    drafter = drafter(drafter_name, tuple(shapes[drafter_name].items()))
+    rule = get_rule(name, **parameters)
+    tokens, accepts = generated(target, drafter, sampling, rule, seed=RUNS.index(run))
+    rounds = np.array([len(a) - 1 for a in accepts])  # prefill's token is not a round's
+    assert np.mean(rounds >= 3) > 0.3 and np.mean(rounds < NEW - 1) > 0.1
+    assert max(max(a) for a in accepts) == 3  # whole drafts are accepted, and an extra token
+    for first, last in ((0, 4), (2, NEW)):
+        p_value = laws.chi_square(*marginal(joint(sampling), tokens, first, last))
+        assert p_value > 1e-2 / (2 * len(RUNS)), (first, last)
+
+
+def test_every_exact_rule_and_both_drafters_are_covered():
+    exact = {n for n in specjax.verification.rule_names() if get_rule(n).exact} - {"greedy"}
+    assert {run[0] for run in RUNS} == exact
+    for drafter in ("fasteagle", "eagle3"):
+        assert {run[0] for run in RUNS if run[2] == drafter} == exact
+
+
+def test_a_recorded_law_of_another_temperature_is_caught(target, drafter, joint, monkeypatch):
+    """The same machinery, told a law that the draft was not drawn from."""
+    chain = drafter("fasteagle", tuple(CHAIN["fasteagle"].items()))
+    monkeypatch.setattr(
+        "specjax.verification.token.child_law",
+        lambda draft, node, child, rows: jax.nn.softmax(jnp.maximum(draft.law_TxV[node], -1e3) / 3),
+    )
+    sampling = Sampling(1.0001)  # its own compilation
+    tokens, _ = generated(target, chain, sampling, get_rule("token"), seed=0)
+    assert laws.chi_square(*marginal(joint(sampling), tokens, 0, 4)) < 1e-6
