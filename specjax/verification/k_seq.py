@@ -114,6 +114,8 @@ class KSeq(Rule):
         return finish(draft, node, token, depth)
 
     def law(self, tree: Tree):
+        if tree.q_TxV is None:
+            raise ValueError("rule 'k_seq': the draft's law was not recorded")
         T, V = tree.shape
         stop, following = np.zeros(T), np.zeros((T, V))
 
