@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import specjax
-from specjax.evaluation.results import ROW_KEYS, read_results
+from specjax.evaluation.results import FURTHER_KEYS, ROW_KEYS, read_results
 from specjax.evaluation.spec_bench import compare_answers, read_answers
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -36,7 +36,7 @@ def test_a_run_folder_is_complete_and_resumes(tmp_path):
     for temperature in (0.0, 1.0):
         rows = [r for r in results["rows"] if r["temperature"] == temperature]
         assert sorted(r["method"] for r in rows) == sorted(methods)
-        assert all(list(r) == list(ROW_KEYS) for r in rows)
+        assert all(list(r) == [*ROW_KEYS, *FURTHER_KEYS] for r in rows)
     for row in results["rows"]:
         verdict = row["lossless"]
         if row["temperature"] == 0:
@@ -53,10 +53,11 @@ def test_a_run_folder_is_complete_and_resumes(tmp_path):
     assert any("tau" in json.loads(line) for line in (folder / "metrics.jsonl").open())
 
     target = specjax.load_target("builtin")
-    drafter = specjax.load_drafter(folder / "drafters" / "fasteagle", target)
     plain = specjax.generate(target, ["def main():\n"], max_new_tokens=20)
-    drafted = specjax.generate(target, ["def main():\n"], drafter, max_new_tokens=20)
-    assert plain.tokens == drafted.tokens
+    for name in ("fasteagle", "eagle3"):
+        drafter = specjax.load_drafter(folder / "drafters" / name, target)
+        drafted = specjax.generate(target, ["def main():\n"], drafter, max_new_tokens=20)
+        assert plain.tokens == drafted.tokens
 
     again = run(f"--workdir={folder}")
     assert again.returncode == 0, again.stderr
