@@ -62,12 +62,12 @@ def builtin(preset: str) -> ConfigDict:
 
 def smoke(config: ConfigDict) -> ConfigDict:
     """Everything the default run does, in under two minutes."""
-    config.data.count, config.data.max_new_tokens, config.data.batch = 32, 48, 32
-    config.data.length = 144
-    config.train.steps, config.train.batch_size = 20, 4
-    config.train.log_every, config.train.checkpoint_every, config.train.tau_every = 5, 10, 20
-    config.train.tau_prompts, config.train.tau_new_tokens = 4, 16
-    config.eval.prompts, config.eval.max_new_tokens = 6, 32
+    config.data.count, config.data.max_new_tokens, config.data.batch = 16, 32, 16
+    config.data.length = 128
+    config.train.steps, config.train.batch_size = 12, 4
+    config.train.log_every, config.train.checkpoint_every, config.train.tau_every = 4, 6, 12
+    config.train.tau_prompts, config.train.tau_new_tokens = 2, 16
+    config.eval.prompts, config.eval.max_new_tokens = 4, 24
     config.eval.max_prompt_tokens, config.eval.bootstrap = 128, 200
     config.calibrate.prompts, config.calibrate.max_new_tokens = 2, 16
     for method in config.drafters.values():
