@@ -23,10 +23,10 @@ from absl import app, flags
 from rich.console import Console
 
 from benchmarks import timing
-from benchmarks.printing import print_rows, wide_console
 from benchmarks.targets import TARGET_HELP, get_target
 from benchmarks.work import Work, draft_pass, target_pass, weight_bytes
 from specjax import decoding
+from specjax.console import make_console, print_rows
 from specjax.drafters import Drafter, Vanilla
 from specjax.generation import init_drafter, request_keys
 from specjax.models.target import Target
@@ -299,7 +299,7 @@ def print_report(report: dict, console: Console) -> None:
         for r in report["rows"]
     ]  # fmt: skip
     headings = "what | ms | quartiles | MB read | MFLOP | floor ms | times floor"
-    print_rows(console, "Median time against the floor", headings, rows)
+    print_rows(console, headings, rows, "Median time against the floor")
     rows = [
         (
             s["method"], f"{s['round_ms']:.3f}", f"{s['draft_ms']:.3f}", f"{s['verify_ms']:.3f}",
@@ -309,7 +309,7 @@ def print_report(report: dict, console: Console) -> None:
         for s in report["splits"]
     ]  # fmt: skip
     headings = "round of | round ms | draft ms | verify ms | outside forwards | quartiles"
-    print_rows(console, "Where a round's time goes", headings, rows)
+    print_rows(console, headings, rows, "Where a round's time goes")
     for row in report["drafts"]:
         console.print(
             f"one FastEagle draft / one EAGLE-3 draft, {row['shape']}: "
@@ -329,7 +329,7 @@ def main(argv):
         target, _CONTEXT.value, rows, _DEPTH.value, _CANDIDATES.value, _REPEATS.value,
         _IN_A_ROW.value, _PROFILE.value,
     )  # fmt: skip
-    print_report(report, wide_console())
+    print_report(report, make_console())
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")
 

@@ -16,10 +16,9 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import timing
-from benchmarks.printing import print_rows, wide_console
 from benchmarks.targets import TARGET_HELP, get_target
-from specjax import decoding
-from specjax.cache import tree_cache_mask
+from specjax.cache import empty_cache, tree_cache_mask
+from specjax.console import make_console, print_rows
 from specjax.drafters.proposals import log_law
 from specjax.models.transformer import forward, logits_of
 from specjax.sampling import Sampling
@@ -53,7 +52,7 @@ def target_forward(target, batch: int, rows: int, context: int):
     """A call of the target over `rows` rows of each sequence, head included."""
     topology = backbone(1, rows - 1) if rows > 1 else Topology((-1,))
     slots = -(-(context + rows) // 64) * 64
-    cache = decoding.empty_cache(target.config, batch, slots)
+    cache = empty_cache(target.config, batch, slots)
     cache = cache.replace(lengths_B=jnp.full(batch, context, jnp.int32))
     tokens_BxT = jnp.ones((batch, rows), jnp.int32)
 
@@ -116,7 +115,7 @@ def main(argv):
     for name, clock in timings.items():
         share, quartiles = timing.ratio(clock, base)
         table.append({"call": name, "ms": clock.ms, "share": share, "quartiles": quartiles})
-    console = wide_console()
+    console = make_console()
     console.print(
         f"{target.name}: {target.num_params / 1e6:.1f}M parameters, float32, batch {batch}, "
         f"{rows} rows, vocabulary {target.config.vocab_size}; {timing.cores()} cores"
@@ -127,7 +126,7 @@ def main(argv):
         for r in table
     ]  # fmt: skip
     print_rows(
-        console, "Verifying beside the forward it verifies", "call | ms | share | quartiles", cells
+        console, "call | ms | share | quartiles", cells, "Verifying beside the forward it verifies"
     )
     if _JSON.value:
         pathlib.Path(_JSON.value).write_text(json.dumps({"rows": table}, indent=2) + "\n")

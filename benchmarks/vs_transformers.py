@@ -24,9 +24,9 @@ from absl import app, flags
 from rich.console import Console
 
 from benchmarks import timing
-from benchmarks.printing import print_rows, wide_console
 from benchmarks.targets import TARGET_HELP, get_target
 from specjax import generate
+from specjax.console import make_console, print_rows
 from specjax.models.hf import save_target
 from specjax.models.target import BUILTIN, Target
 
@@ -155,7 +155,7 @@ def print_report(target: Target, rows: list[dict], new_tokens: int, console: Con
         for r in rows
     ]  # fmt: skip
     headings = "method | ms per token | quartiles | time / specjax | quartiles | same tokens"
-    print_rows(console, "Greedy decoding side by side", headings, cells)
+    print_rows(console, headings, cells, "Greedy decoding side by side")
 
 
 def main(argv):
@@ -183,7 +183,7 @@ def main(argv):
         calls["transformers assisted"] = greedy(assistant_model=assistant)
     calls["specjax vanilla"] = specjax_greedy(target, new_tokens)
     rows = compare(target, calls, prompts, new_tokens, _REPEATS.value)
-    print_report(target, rows, new_tokens, wide_console())
+    print_report(target, rows, new_tokens, make_console())
     if _JSON.value:
         report = {"target": target.name, "device": jax.devices()[0].device_kind, "rows": rows}
         pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=2) + "\n")

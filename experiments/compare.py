@@ -114,15 +114,13 @@ def train_all(config, target, drafters, rows, probe, folder, metrics, mesh) -> l
     return methods
 
 
-def calibrated(config, target, methods, prompts, shapes) -> tuple[list[Method], list[str]]:
+def calibrated(config, target, methods, probe) -> tuple[list[Method], list[str]]:
     """Each method again, at the tree that calibration found fastest, and what was measured."""
     best, notes = [], []
     for method in methods:
         trials = calibrate(
-            target, method.drafter, budgets_of(config.drafters[method.name]),
-            prompts[: config.calibrate.prompts], config.calibrate.max_new_tokens, method.name,
-            shapes.slots, shapes.length,
-        )  # fmt: skip
+            target, method.drafter, budgets_of(config.drafters[method.name]), probe, method.name
+        )
         lines = [
             f"{t.budget} -> {t.nodes} rows, tau {t.tau:.2f}, {t.round_ms:.2f} ms" for t in trials
         ]
@@ -205,7 +203,12 @@ def compare(config: ConfigDict, folder) -> dict:
     methods = train_all(config, target, drafters, rows, probe, folder, metrics, mesh)
 
     # ---- choose trees ----
-    best, notes = calibrated(config, target, methods, prompts, shapes[task])
+    probe = dataclasses.replace(
+        probe,
+        prompts=prompts[: config.calibrate.prompts],
+        max_new_tokens=config.calibrate.max_new_tokens,
+    )
+    best, notes = calibrated(config, target, methods, probe)
 
     # ---- decode ----
     results, samples = [], []

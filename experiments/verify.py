@@ -7,15 +7,13 @@ fails, 2 if the flags or the files they name are wrong.
 """
 
 import json
-import os
 import sys
 
 from absl import app, flags
-from rich.box import MARKDOWN
 from rich.console import Console
-from rich.table import Table
 
 from specjax import load_drafter, load_target
+from specjax.console import make_console, print_rows
 from specjax.data.prompts import load_prompts
 from specjax.evaluation.benchmark import Protocol, prompt_ids
 from specjax.evaluation.exactness import (
@@ -60,23 +58,6 @@ def usage_error(flag: str, error) -> app.UsageError:
 # ---- printing ------------------------------------------------------------------------------------
 
 
-def make_console(file=None) -> Console:
-    """Colour and the window's width on a terminal, plain text wide enough for tables elsewhere."""
-    console = Console(file=file, highlight=False, markup=False, soft_wrap=True)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = 120
-    return console
-
-
-def _table(console, headings: str, rows):
-    table = Table(box=MARKDOWN)
-    for index, heading in enumerate(headings.split("|")):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
 def print_check(console: Console, check: Check, settings: Settings, tie: float, drafted: bool):
     """Tables, explanations and the verdict line of one temperature."""
     drafts = f", {check.accepted} of {check.tokens} tokens accepted drafts" if drafted else ""
@@ -85,7 +66,7 @@ def print_check(console: Console, check: Check, settings: Settings, tie: float, 
         rows = [
             (t.name, f"{t.symbol} = {t.statistic:.3f}", f"{t.p_value:.3g}") for t in check.tests
         ]
-        _table(console, "test|statistic|p-value", rows)
+        print_rows(console, "test|statistic|p-value", rows)
     if check.divergences:
         rows = [
             (
@@ -94,7 +75,7 @@ def print_check(console: Console, check: Check, settings: Settings, tie: float, 
             )
             for d in check.divergences
         ]  # fmt: skip
-        _table(console, "prompt|new token|logit gap|reference|emitted|triage", rows)
+        print_rows(console, "prompt|new token|logit gap|reference|emitted|triage", rows)
     for failure in check.failures:
         console.print(f"failed: {failure}", style="red")
     if drafted and not check.accepted:
@@ -118,7 +99,7 @@ def verify(target, drafter, prompts, rule=None, settings=None, file=None) -> tup
       (exit status, what --json writes).
     """
     settings = settings or Settings()
-    console = make_console(file)
+    console = make_console(file, soft_wrap=True)
     tie, noise = rounding_tie(target, drafter, prompts)
     console.print(
         f"{target.name}, {'no drafter' if drafter is None else drafter.name}, "

@@ -32,6 +32,14 @@ def bucket(size: int) -> int:
     return -(-size // _PER_BUCKET) * _PER_BUCKET
 
 
+def pad_to_bucket(rows: Sequence[Sequence[int]], length: int = 0) -> np.ndarray:
+    """int32 BxP: rows padded on the right to the longest one's bucket, and to `length` at least."""
+    padded = np.zeros((len(rows), max(bucket(max(map(len, rows))), length)), np.int32)
+    for into, row in zip(padded, rows, strict=True):
+        into[: len(row)] = row
+    return padded
+
+
 # ---- drafters --------------------------------------------------------------------------------
 
 
@@ -274,9 +282,7 @@ def start(
         i = int(lengths.argmax())
         raise ValueError(f"prompts[{i}]: {longest} tokens do not fit a context of {limit}")
     limits = np.minimum(max_new_tokens, limit - lengths).astype(np.int32)
-    padded = np.zeros((len(prompts), max(bucket(longest), length)), np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    padded = pad_to_bucket(prompts, length)
     slots = max(slots, cache_slots(engine, longest, max_new_tokens), padded.shape[1])
     # Every round emits a token, so there are never more rounds than slots; counting them by
     # max_new_tokens would compile anew for each value of it.

@@ -36,8 +36,8 @@ LOCAL_SETS: dict[str, tuple[str, ...]] = {
     "spec_bench": ("spec_bench",),
 }
 
-# Name -> the folder under data_dir whose .json and .jsonl files hold conversations.
-CONVERSATION_SETS = {"sharegpt": "sharegpt", "ultrachat": "ultrachat"}
+# Folders under data_dir whose .json and .jsonl files hold conversations.
+CONVERSATION_SETS = ("sharegpt", "ultrachat")
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,7 @@ def load_prompts(
     if name.startswith("tfds:"):
         return _tfds_prompts(name.removeprefix("tfds:"), limit, data_dir)
     if name in CONVERSATION_SETS:
-        folder = _data_dir(name, data_dir) / CONVERSATION_SETS[name]
-        return _conversation_prompts(folder, limit)
+        return _conversation_prompts(_data_dir(name, data_dir) / name, limit)
     if name in LOCAL_SETS:
         return read_prompts(_local_set(name, data_dir), limit)
     if Path(name).exists() or Path(name).suffix or len(Path(name).parts) > 1:

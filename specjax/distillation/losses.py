@@ -27,15 +27,10 @@ def label_weights(supervised_BxT, depths: int):
     return jnp.stack(weights, axis=-1).astype(jnp.float32)
 
 
-def cross_entropy(teacher_logits, student_logits):
-    """-sum_v p(v) log q(v) over the last axis, in nats: forward KL plus the teacher's entropy."""
-    return soft_cross_entropy(jax.nn.softmax(teacher_logits.astype(jnp.float32)), student_logits)
+def cross_entropy(teacher_probs, student_logits):
+    """-sum_v p(v) log q(v) over the last axis, in nats: forward KL plus the teacher's entropy.
 
-
-def soft_cross_entropy(teacher_probs, student_logits):
-    """`cross_entropy` for a teacher given as probabilities, shared between depths.
-
-    As they sum to one it is logsumexp(student) - p . student, whose gradient is q - p: one
+    As p sums to one it is logsumexp(student) - p . student, whose gradient is q - p: one
     exponential in all, where a log-softmax of each side would take several passes.
     """
     teacher_probs = jax.lax.stop_gradient(teacher_probs)

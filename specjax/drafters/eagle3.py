@@ -138,7 +138,7 @@ class Eagle3(FeatureDrafter):
     # ---- drafting ----------------------------------------------------------------------------
 
     def draft(self, params, target_params, state: FeatureState, context, key):
-        (x,), cache, _ = self.extend(params, target_params, state.cache, state.pending)
+        (x,), cache = self.extend(params, target_params, state.cache, state.pending)
         x_BxD = last_rows(x, state.pending.counts_B)
         root_B = context.root_B()
         if self.proposal.sampled:

@@ -132,7 +132,7 @@ class FastEagle(FeatureDrafter):
         return hidden
 
     def draft(self, params, target_params, state: FeatureState, context, key):
-        hidden, cache, _ = self.extend(params, target_params, state.cache, state.pending)
+        hidden, cache = self.extend(params, target_params, state.cache, state.pending)
         # All depths read out at once: one product with the head instead of N.
         rows_BxNxD = jnp.stack([last_rows(h, state.pending.counts_B) for h in hidden], axis=1)
         logits_BxNxW = self.logits(params, target_params, rows_BxNxD)

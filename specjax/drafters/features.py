@@ -112,7 +112,7 @@ class FeatureDrafter(Drafter):
 
     def prefill(self, params, target_params, state, committed: Committed) -> FeatureState:
         B, P = committed.tokens_BxA.shape
-        _, cache, _ = self.extend(params, target_params, state.cache, committed)
+        _, cache = self.extend(params, target_params, state.cache, committed)
         # The prompt's last row stays pending: the first draft reads out there.
         last_B = committed.counts_B - 1
         pick = jax.vmap(lambda rows, i: jax.lax.dynamic_slice_in_dim(rows, i, 1))
@@ -127,14 +127,14 @@ class FeatureDrafter(Drafter):
         return state.replace(pending=committed)
 
     def extend(self, params, target_params, cache: KVCache, rows: Committed):
-        """Runs newly committed rows; returns (hidden per depth, cache, positions of the rows)."""
+        """Runs newly committed rows; returns (hidden per depth, cache)."""
         A = rows.tokens_BxA.shape[1]
         positions = cache.lengths_B[:, None] + jnp.arange(A, dtype=jnp.int32)
         mask = causal_cache_mask(cache.lengths_B, A, cache.slots)
         hidden, cache = self.forward_rows(
             params, target_params, rows.taps_BxAxM, rows.tokens_BxA, positions, mask, cache
         )
-        return hidden, cache.replace(lengths_B=cache.lengths_B + rows.counts_B), positions
+        return hidden, cache.replace(lengths_B=cache.lengths_B + rows.counts_B)
 
     # ---- shared pieces -----------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from specjax.data.prompt_files import Prompt
 from specjax.data.templates import encode_chat, encode_prompt, turn_messages
 from specjax.evaluation.lossless import distribution_verdict, identical_verdict, lossy_verdict
 from specjax.evaluation.records import MethodRun, TurnRecord
-from specjax.evaluation.timing import RoundTimes, count_flops, make_parts, time_round
+from specjax.evaluation.timing import RoundTimes, count_flops, time_round
 from specjax.generation import TrainedDrafter, bucket, cache_slots, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.sampling import Sampling
@@ -87,15 +87,15 @@ class Runner:
 
     def round_costs(self, batches: list[list[list[int]]], repeats: int):
         """(median times over states a few rounds into each batch, flops of the draft and verify)"""
-        parts, times = make_parts(self.engine), []
+        times = []
         for rows in batches:
             state = self._start(rows)
             for _ in range(3):
                 state = decoding.jit_round(self.engine, self.params, state)
-            times.append(time_round(self.engine, self.params, state, parts, repeats))
+            times.append(time_round(self.engine, self.params, state, repeats))
         draft, verify, whole = np.median([dataclasses.astuple(t) for t in times], axis=0)
         times = RoundTimes(0.0 if self.method.drafter is None else draft, verify, whole)
-        return times, count_flops(parts, self.params, state)
+        return times, count_flops(self.engine, self.params, state)
 
 
 @dataclasses.dataclass(frozen=True)

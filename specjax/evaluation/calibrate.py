@@ -3,14 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from specjax import decoding
 from specjax.evaluation.timing import time_fused
-from specjax.generation import TrainedDrafter, collect, make_engine, start
+from specjax.generation import TrainedDrafter, make_engine
 from specjax.models.target import Target
+from specjax.training.drafter import TauProbe
 from specjax.training.progress import progress
 
 
@@ -33,32 +29,18 @@ def calibrate(
     target: Target,
     drafter: TrainedDrafter,
     budgets: Sequence[dict],
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
+    probe: TauProbe,
     label: str,
-    slots: int = 0,
-    length: int = 0,
 ) -> list[Trial]:
-    """Measures every budget (fields of the drafter that change its tree), fastest first.
-
-    Greedy decoding, prompt by prompt, as the benchmark does it; with the benchmark's `slots` and
-    padded prompt `length` it runs the very programs that are compiled here.
-    """
+    """Measures every budget (fields of the drafter that change its tree), fastest first."""
     trials = []
     with progress(f"calibrate {label}", len(budgets)) as advance:
         for budget in budgets:
             variant = drafter.with_budget(**budget)
             engine, params = make_engine(target, variant)
-            first, rounds = None, []
-            for prompt in prompts:
-                state = start(engine, params, [prompt], max_new_tokens, 0, slots, length)
-                first = jax.tree.map(jnp.copy, state) if first is None else first
-                _, accepts = collect(decoding.run_host(engine, params, state))
-                rounds += accepts[0][1:]
-            round_ms = time_fused(engine, params, first, repeats=15)
+            tau = probe(target, variant)
+            round_ms = time_fused(engine, params, probe.start(engine, params, 0), repeats=15)
             definition = variant.definition
-            trials.append(
-                Trial(budget, definition.nodes, definition.depth, float(np.mean(rounds)), round_ms)
-            )
-            advance(note=f"tau {trials[-1].tau:.2f}, {round_ms:.2f} ms")
+            trials.append(Trial(budget, definition.nodes, definition.depth, tau, round_ms))
+            advance(note=f"tau {tau:.2f}, {round_ms:.2f} ms")
     return sorted(trials, key=lambda t: -t.speed)

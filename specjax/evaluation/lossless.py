@@ -17,7 +17,7 @@ from specjax.evaluation.output_tests import (
     divergence,
     output_tests,
 )
-from specjax.generation import bucket
+from specjax.generation import bucket, pad_to_bucket
 from specjax.models import transformer
 from specjax.models.target import Target
 from specjax.sampling import Sampling, filtered_probs
@@ -25,16 +25,10 @@ from specjax.sampling import Sampling, filtered_probs
 TIE = 1e-4  # gap between two logits under which fp32 rounding may rank them either way
 
 
-def _padded(ids: list[int]) -> jnp.ndarray:
-    row = np.zeros((1, bucket(len(ids))), np.int32)
-    row[0, : len(ids)] = ids
-    return jnp.asarray(row)
-
-
 def next_logits(target: Target, prompt, new) -> np.ndarray:
     """TxV: the target's logits for each new token, by one forward without a cache."""
     ids = [*prompt, *new]
-    return np.asarray(target.logits(_padded(ids))[0, len(prompt) - 1 : len(ids) - 1])
+    return np.asarray(target.logits(pad_to_bucket([ids]))[0, len(prompt) - 1 : len(ids) - 1])
 
 
 # ---- temperature 0 -------------------------------------------------------------------------------
@@ -153,7 +147,7 @@ def score_answers(
             continue
         fields = _score(
             target.params, target.config, sampling, bucket(len(new)),
-            _padded([*prompt, *new]), len(prompt) - 1, tie,
+            pad_to_bucket([[*prompt, *new]]), len(prompt) - 1, tie,
         )  # fmt: skip
         scores.append(AnswerScores(*(np.asarray(f)[: len(new)] for f in fields)))
     return scores

@@ -4,7 +4,6 @@ One column is declared once, as the text of its cells; the printed table, the Ma
 report's HTML one are three ways to lay the same columns out.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import IO
@@ -15,8 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-PLAIN_WIDTH = 120
-"""Columns assumed when the output is no terminal and COLUMNS is not set."""
+from specjax.console import make_console
 
 
 def _nothing(row: dict) -> str:
@@ -146,9 +144,7 @@ def print_table(rows: Sequence[dict], file: IO[str] | None = None) -> None:
     The first layout that fits is taken: one table; two, what came out and why; three, with the
     setting as a heading instead of columns. Plain ASCII without colour unless it is a terminal.
     """
-    console = Console(file=file, highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = PLAIN_WIDTH
+    console = make_console(file)
     for tables in _layouts(rows):
         if max(_natural_width(table, console) for table in tables) <= console.width:
             break

@@ -56,58 +56,36 @@ def _score(engine, params, cache, tree):
     return decoding.score(engine, params, cache, tree)
 
 
-def make_parts(engine):
-    """(draft, score) of an engine, jitted, each consuming the state it updates as a round does."""
-    # Scoring knows nothing of sampling: one program for all temperatures.
-    plain = dataclasses.replace(engine, rule=get_rule("greedy"), sampling=GREEDY)
-    return _Part(_draft, engine), _Part(_score, plain)
+def _unruled(engine):
+    """Scoring knows nothing of rules or sampling: one program for all temperatures."""
+    return dataclasses.replace(engine, rule=get_rule("greedy"), sampling=GREEDY)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """A jitted function with its engine given."""
-
-    function: Callable
-    engine: decoding.Engine
-
-    def __call__(self, *arguments):
-        return self.function(self.engine, *arguments)
-
-    def lower(self, *arguments):
-        return self.function.lower(self.engine, *arguments)
-
-
-def count_flops(parts, params, state) -> tuple[float, float]:
+def count_flops(engine, params, state) -> tuple[float, float]:
     """Floating-point operations of one draft and of one target forward over its tree.
 
     XLA's own count of the traced programs, padding included; a loop's body counts once.
     """
-    draft, score = parts
-    rest = state.replace(drafter=())
-    drafting = draft.lower(params, state.drafter, rest)
+    drafting = _draft.lower(engine, params, state.drafter, state.replace(drafter=()))
     tree, _ = drafting.out_info
-    scoring = score.lower(params, state.cache, tree)
+    scoring = _score.lower(_unruled(engine), params, state.cache, tree)
     # A backend without the analysis, or a program without arithmetic, has no such entry.
     draft_cost, score_cost = (low.cost_analysis() or {} for low in (drafting, scoring))
     return draft_cost.get("flops", 0.0), score_cost.get("flops", 0.0)
 
 
-def time_round(engine, params, state, parts, repeats: int = 15) -> RoundTimes:
-    """Times the parts and the whole of one round.
+def time_round(engine, params, state, repeats: int = 15) -> RoundTimes:
+    """Times the parts and the whole of one round, after one call of each to warm up.
 
-    Args:
-      engine, params, state: a state in the middle of decoding; it is copied, not consumed.
-      parts: from `make_parts(engine)`; jitted once and shared by all states.
-      repeats: timed calls of each, after one to warm up.
+    `state`, in the middle of decoding, is copied, not consumed.
     """
-    draft, score = parts
-    rest = state.replace(drafter=())
-    tree, _ = jax.block_until_ready(draft(params, _copy(state.drafter), rest))
-    jax.block_until_ready(score(params, _copy(state.cache), tree))
+    plain, rest = _unruled(engine), state.replace(drafter=())
+    draft = lambda own: _draft(engine, params, own, rest)  # noqa: E731
+    tree, _ = jax.block_until_ready(draft(_copy(state.drafter)))
+    verify = lambda cache: _score(plain, params, cache, tree)  # noqa: E731
+    jax.block_until_ready(verify(_copy(state.cache)))
     return RoundTimes(
-        draft=_median_ms(lambda: _copy(state.drafter), lambda ds: draft(params, ds, rest), repeats),
-        verify=_median_ms(
-            lambda: _copy(state.cache), lambda cache: score(params, cache, tree), repeats
-        ),
+        draft=_median_ms(lambda: _copy(state.drafter), draft, repeats),
+        verify=_median_ms(lambda: _copy(state.cache), verify, repeats),
         round=time_fused(engine, params, state, repeats),
     )

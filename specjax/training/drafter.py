@@ -29,7 +29,7 @@ class TrainingCost:
 
 @dataclasses.dataclass(frozen=True)
 class TauProbe:
-    """Decode-time tau during training: greedy decoding of held-out prompts, one by one.
+    """Decode-time tau: greedy decoding of a few prompts, one by one, as the benchmark does it.
 
     With the benchmark's tree, `slots` and padded prompt `length` it shares its compiled programs.
     """
@@ -39,14 +39,19 @@ class TauProbe:
     slots: int = 0
     length: int = 0
 
+    def start(self, engine, params, index: int):
+        """The state before the first round on one of the prompts."""
+        return start(
+            engine, params, [self.prompts[index]], self.max_new_tokens,
+            slots=self.slots, length=self.length,
+        )  # fmt: skip
+
     def __call__(self, target: Target, drafter: TrainedDrafter) -> float:
         """Tokens per round, prefill left out."""
         engine, params = make_engine(target, drafter)
         rounds = []
-        for ids in self.prompts:
-            state = start(
-                engine, params, [ids], self.max_new_tokens, slots=self.slots, length=self.length
-            )
+        for index in range(len(self.prompts)):
+            state = self.start(engine, params, index)
             _, accepts = collect(decoding.run_host(engine, params, state))
             rounds += accepts[0][1:]
         return float(np.mean(rounds))

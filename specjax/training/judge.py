@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from specjax.generation import bucket
+from specjax.generation import pad_to_bucket
 from specjax.models import transformer
 from specjax.models.config import ModelConfig
 from specjax.models.target import Target
@@ -45,9 +44,7 @@ def _hidden(params, config: ModelConfig, tokens_BxT):
 
 def token_features(target: Target, ids: Sequence[int]) -> np.ndarray:
     """The LM head's input *at* each token (after it was consumed), TxD float32."""
-    padded = np.zeros((1, bucket(len(ids))), np.int32)
-    padded[0, : len(ids)] = ids
-    hidden_BxTxD = _hidden(target.params, target.config, jnp.asarray(padded))
+    hidden_BxTxD = _hidden(target.params, target.config, pad_to_bucket([ids]))
     return np.asarray(hidden_BxTxD, np.float32)[0, : len(ids)]
 
 

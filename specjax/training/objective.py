@@ -65,7 +65,7 @@ def drafter_loss(definition: FeatureDrafter, cfg: ConfigDict, params, frozen, ba
             best = teacher_best[:, i : i + size, None]
             chosen = jnp.take_along_axis(student, best, axis=-1)[..., 0]
             agree = jnp.sum(weight * (chosen >= jnp.max(student, axis=-1)))
-            ce = losses.soft_cross_entropy(teacher[:, i : i + size], student)
+            ce = losses.cross_entropy(teacher[:, i : i + size], student)
             ce = jnp.sum(jnp.where(weight > 0, weight * ce, 0.0))
             feature = jnp.zeros(())
             if cfg.feature:

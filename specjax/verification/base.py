@@ -48,10 +48,13 @@ def make_noise(key, nodes: int, depth: int) -> Noise:
 
 @dataclasses.dataclass(frozen=True)
 class LogitRows:
-    """The target at the tree's rows, filtered only where a rule looks."""
+    """The target at the tree's rows, filtered only where a rule looks.
+
+    Log-probabilities that are filtered already are logits at temperature 1.
+    """
 
     logits_TxV: jax.Array
-    sampling: Sampling
+    sampling: Sampling = Sampling(1.0)
 
     def probs(self, row):
         """p_V: what the target would draw from after `row`."""
@@ -69,30 +72,10 @@ class LogitRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class LogpRows:
-    """The same view of a table of log-probabilities that are filtered already."""
-
-    logp_TxV: jax.Array
-
-    def probs(self, row):
-        """p_V."""
-        return jnp.exp(self.logp_TxV[row])
-
-    def token(self, row, uniform):
-        """A draw from p_V."""
-        return categorical(uniform, self.probs(row))
-
-    def best(self, row):
-        """The first most probable token."""
-        return argmax(self.logp_TxV[row])
-
-
-@dataclasses.dataclass(frozen=True)
 class Tree:
     """A draft as plain NumPy, for laws: children in draw order, invalid nodes left out."""
 
     tokens: np.ndarray
-    parents: np.ndarray
     children: tuple[tuple[int, ...], ...]
     p_TxV: np.ndarray
     q_TxV: np.ndarray | None  # None: every child is a point mass (it was not sampled)
@@ -103,11 +86,27 @@ class Tree:
         """(T, V)."""
         return self.p_TxV.shape
 
-    def drawn_from(self, node: int, child: int) -> np.ndarray:
-        """The law that `child` of `node` was drawn from, before anything was drawn there."""
-        if self.q_TxV is None:
-            return np.eye(self.shape[1])[self.tokens[child]]
-        return self.q_TxV[node].copy()
+    def siblings(self, node: int, replacement: bool = False):
+        """Yields (child, its token, the law_V it was drawn from) in draw order.
+
+        Without replacement each token drawn leaves the law; where nothing is left of it, drafting
+        drew uniformly from the tokens not yet tried.
+        """
+        law_V = None if self.q_TxV is None else self.q_TxV[node]
+        tried = []
+        for child in self.children[node]:
+            token = self.tokens[child]
+            if law_V is None:
+                yield child, token, np.eye(self.shape[1])[token]
+                continue
+            yield child, token, law_V
+            if not replacement:
+                tried.append(token)
+                untried_V = np.ones(len(law_V))
+                untried_V[tried] = 0
+                left_V = law_V * untried_V
+                left_V = left_V if left_V.sum() > 0 else untried_V
+                law_V = left_V / max(left_V.sum(), 1.0e-300)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +151,7 @@ class Rule:
         Args:
           noise: fresh for this sequence and round; its lengths give T and the maximal depth.
           draft: the tree, unbatched.
-          rows: `LogitRows` or `LogpRows`; rules read only rows they visit.
+          rows: the target; rules read only rows they visit.
           force_T: for lossy rules, nodes to accept anyway.
         """
         raise NotImplementedError(self.name)
@@ -162,7 +161,22 @@ class Rule:
         raise NotImplementedError(self.name)
 
 
-# ---- pieces of fast paths ------------------------------------------------------------------------
+# ---- pieces of laws ------------------------------------------------------------------------------
+
+
+def accept_probability(p: float, q: float) -> float:
+    """min(1, p/q); a token that the draft could not have drawn is accepted where p allows it."""
+    if q == 0:
+        return float(p > 0)
+    return min(1.0, p / q)
+
+
+def taken_share(Z: float, ratio: float) -> float:
+    """Z/(Z + 1 - ratio): what block verification takes of a prefix; 1 where both vanish."""
+    return Z / (Z + (1 - ratio)) if Z + (1 - ratio) > 0 else 1.0
+
+
+# ---- pieces of fast paths: the same on the device ------------------------------------------------
 
 
 def normalised(x_V, otherwise_V):
@@ -171,18 +185,57 @@ def normalised(x_V, otherwise_V):
     return jnp.where(total > 0, x_V / jnp.where(total > 0, total, 1.0), otherwise_V)
 
 
+def capped_ratio(p, q):
+    """`accept_probability`."""
+    return jnp.where(q > 0, jnp.minimum(p / jnp.where(q > 0, q, 1.0), 1.0), p > 0)
+
+
+def capped_share(Z, ratio):
+    """`taken_share`."""
+    whole = Z + (1 - ratio)
+    return jnp.where(whole > 0, Z / jnp.where(whole > 0, whole, 1.0), 1.0)
+
+
 def child_at(draft: DraftTree, node, rank):
     """(row, whether it is there) of the rank-th child in draw order."""
     child = draft.child_TxC[node, rank]
     return jnp.maximum(child, 0), (child >= 0) & draft.valid_T[jnp.maximum(child, 0)]
 
 
-def child_law(draft: DraftTree, node, child, rows):
-    """q_V that `child` of `node` was drawn from: as recorded, else a point mass on its token."""
+def child_law(draft: DraftTree, node, child, rows: LogitRows):
+    """q_V that a first `child` of `node` was drawn from: as recorded, else a point mass."""
     if draft.law_TxV is not None:
         return jnp.exp(draft.law_TxV[node])
-    V = jax.eval_shape(rows.probs, node).shape[-1]
+    V = rows.logits_TxV.shape[-1]
     return jax.nn.one_hot(draft.tokens_T[child], V, dtype=jnp.float32)
+
+
+def over_siblings(step: Callable, carry, draft: DraftTree, node, rows, replacement: bool):
+    """carry after step(carry, child, token, law_V) for every child of `node` in draw order.
+
+    `law_V` is what the child was drawn from, as `Tree.siblings` has it.
+    """
+    C, V = draft.child_TxC.shape[1], rows.logits_TxV.shape[-1]
+    sampled = draft.law_TxV is not None
+
+    def one(rank, state):
+        carry, law_V, tried_V = state
+        child, there = child_at(draft, node, rank)
+        token = draft.tokens_T[child]
+        point_V = jnp.arange(V) == token
+        now_V = law_V if sampled else point_V.astype(jnp.float32)
+        new = step(carry, child, token, now_V)
+        carry = jax.tree.map(lambda a, b: jnp.where(there, a, b), new, carry)
+        if sampled and not replacement:
+            tried_V = tried_V | (point_V & there)
+            untried_V = (~tried_V).astype(law_V.dtype)
+            left_V = normalised(law_V * untried_V, normalised(untried_V, law_V))
+            law_V = jnp.where(there, left_V, law_V)
+        return carry, law_V, tried_V
+
+    law_V = jnp.exp(draft.law_TxV[node]) if sampled else jnp.zeros(V)
+    start = carry, law_V, jnp.zeros(V, bool)
+    return jax.lax.fori_loop(0, C, one, start, unroll=C <= 4)[0]
 
 
 def finish(draft: DraftTree, node, token, depth: int) -> VerifyOut:

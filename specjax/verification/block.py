@@ -17,11 +17,15 @@ from specjax.verification.base import (
     Rule,
     Tree,
     VerifyOut,
+    accept_probability,
+    capped_ratio,
+    capped_share,
     child_at,
     child_law,
     finish,
     normalised,
     scan_depth,
+    taken_share,
 )
 
 
@@ -40,33 +44,26 @@ class Block(Rule):
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
         depth = noise.token_A.shape[0] - 1
 
-        def residual(node, ratio):
-            """(child, whether it is there, p, [ratio p - q]+) at `node`."""
+        def look(node, ratio):
+            """(child, whether it is there, p, q of the child, [ratio p - q]+) at `node`."""
             child, there = child_at(draft, node, 0)
-            p_V = rows.probs(node)
-            rest_V = jnp.maximum(ratio * p_V - child_law(draft, node, child, rows), 0)
-            return child, there, p_V, rest_V
+            p_V, q_V = rows.probs(node), child_law(draft, node, child, rows)
+            return child, there, p_V, q_V, jnp.maximum(ratio * p_V - q_V, 0)
 
         def step(carry, d):
             node, ratio, best, best_ratio, alive = carry
-            child, there, p_V, _ = residual(node, ratio)
-            x = draft.tokens_T[child]
-            q = child_law(draft, node, child, rows)[x]
-            new = jnp.where(q > 0, ratio * p_V[x] / jnp.where(q > 0, q, 1.0), ratio * (p_V[x] > 0))
-            new = jnp.minimum(new, 1.0)
-            alive &= there
-            node, ratio = jnp.where(alive, child, node), jnp.where(alive, new, ratio)
-            _, more, _, rest_V = residual(node, ratio)
-            Z = jnp.sum(rest_V)
-            taken = jnp.where(Z + (1 - ratio) > 0, Z / jnp.maximum(Z + (1 - ratio), 1e-38), 1.0)
-            taken = jnp.where(more, taken, ratio)
+            child, there, p_V, q_V, rest_V = look(node, ratio)
+            taken = jnp.where(there, capped_share(jnp.sum(rest_V), ratio), ratio)
             win = alive & (noise.accept_T[node] < taken)
             best, best_ratio = jnp.where(win, node, best), jnp.where(win, ratio, best_ratio)
-            return node, ratio, best, best_ratio, alive
+            alive, x = alive & there, draft.tokens_T[child]
+            below = capped_ratio(ratio * p_V[x], q_V[x])
+            return jnp.where(alive, child, node), below, best, best_ratio, alive
 
+        # The root's ratio is 1, so that it is always taken.
         start = jnp.int32(0), jnp.float32(1), jnp.int32(0), jnp.float32(1), jnp.bool_(True)
-        _, _, node, ratio, _ = scan_depth(step, start, depth)
-        _, there, p_V, rest_V = residual(node, ratio)
+        _, _, node, ratio, _ = scan_depth(step, start, depth + 1)
+        _, there, p_V, _, rest_V = look(node, ratio)
         law_V = jnp.where(there, normalised(rest_V, p_V), p_V)
         token = categorical(noise.token_A[draft.depth_T[node]], law_V)
         return finish(draft, node, token, depth)
@@ -74,26 +71,17 @@ class Block(Rule):
     def law(self, tree: Tree):
         T, V = tree.shape
         stop, following = np.zeros(T), np.zeros((T, V))
-        chain, ratios = [0], [1.0]
-        while tree.children[chain[-1]]:
-            (child,) = tree.children[chain[-1]]
-            p_V, x = tree.p_TxV[chain[-1]], tree.tokens[child]
-            q_V = tree.drawn_from(chain[-1], child)
-            joint = ratios[-1] * p_V[x] / q_V[x] if q_V[x] else ratios[-1] * (p_V[x] > 0)
-            ratios.append(min(joint, 1.0))
-            chain.append(child)
-        mass = 1.0
-        for node, ratio in zip(reversed(chain), reversed(ratios), strict=True):
-            taken, following[node] = ratio, tree.p_TxV[node]
-            if tree.children[node]:
-                q_V = tree.drawn_from(node, tree.children[node][0])
-                rest_V = np.maximum(ratio * tree.p_TxV[node] - q_V, 0)
-                Z = rest_V.sum()
-                taken = Z / (Z + (1 - ratio)) if Z + (1 - ratio) > 0 else 1.0
-                if Z > 0:
-                    following[node] = rest_V / Z
-            if node == 0:
-                taken = 1.0
-            stop[node] = mass * taken
-            mass *= 1 - taken
+        taken, node, ratio = {}, 0, 1.0  # of each node down the chain
+        while tree.children[node]:
+            ((child, x, q_V),) = tree.siblings(node)
+            p_V = tree.p_TxV[node]
+            rest_V = np.maximum(ratio * p_V - q_V, 0)
+            Z = rest_V.sum()
+            taken[node], following[node] = taken_share(Z, ratio), rest_V / Z if Z > 0 else p_V
+            node, ratio = child, accept_probability(ratio * p_V[x], q_V[x])
+        taken[node], following[node] = ratio, tree.p_TxV[node]
+        taken[0], mass = 1.0, 1.0
+        for node in reversed(taken):
+            stop[node] = mass * taken[node]
+            mass *= 1 - taken[node]
         return stop, following

@@ -19,37 +19,27 @@ from specjax.verification.base import (
     Rule,
     Tree,
     VerifyOut,
+    accept_probability,
     finish,
     normalised,
     scan_depth,
 )
 
-
-def _scale(p_V, q_V, k, where, loop):
-    """(rho, beta(rho)) by bisection; written once for NumPy and JAX arrays.
-
-    `where(c, a, b)` selects and `loop(n, f, x)` repeats x = f(x).
-    """
-    beta = lambda rho: (p_V / rho * (p_V < rho * q_V) + q_V * (p_V >= rho * q_V)).sum()  # noqa: E731
-
-    def halve(bounds):
-        low, high = bounds
-        rho = (low + high) / 2
-        b = beta(rho)
-        above = 1 - (1 - b) ** k >= rho * b  # the root is not below rho
-        return where(above, rho, low), where(above, high, rho)
-
-    low, _ = loop(60, halve, (1.0 + 0 * p_V.sum(), k + 0 * p_V.sum()))
-    return low, beta(low)
+HALVINGS = 60
+"""Of [1, k] to find rho: float64 is exhausted after that."""
 
 
-def _numpy_scale(p_V, q_V, k: int) -> tuple[float, float]:
-    def loop(n, f, x):
-        for _ in range(n):
-            x = f(x)
-        return x
+def _beta(p_V, q_V, rho, xp):
+    """Mass of min(q, p/rho)."""
+    return xp.minimum(q_V, p_V / rho).sum()
 
-    return (1.0, np.minimum(p_V, q_V).sum()) if k == 1 else _scale(p_V, q_V, k, np.where, loop)
+
+def _halve(p_V, q_V, k, low, high, xp):
+    """The half of [low, high] that holds rho."""
+    rho = (low + high) / 2
+    beta = _beta(p_V, q_V, rho, xp)
+    above = 1 - (1 - beta) ** k >= rho * beta  # the root is not below rho
+    return xp.where(above, rho, low), xp.where(above, high, rho)
 
 
 def _residual(p_V, q_V, rho, beta, k, xp):
@@ -84,10 +74,11 @@ class KSeq(Rule):
 
         def laws(node, count):
             p_V, q_V = rows.probs(node), jnp.exp(draft.law_TxV[node])
-            loop = lambda n, f, x: jax.lax.fori_loop(0, n, lambda _, y: f(y), x)  # noqa: E731
             k = count.astype(jnp.float32)
-            rho, beta = _scale(p_V, q_V, k, jnp.where, loop)
-            return p_V, q_V, jnp.where(count <= 1, 1.0, rho), beta, k
+            halve = lambda _, bounds: _halve(p_V, q_V, k, *bounds, jnp)  # noqa: E731
+            rho, _ = jax.lax.fori_loop(0, HALVINGS, halve, (jnp.float32(1), k))
+            rho = jnp.where(count <= 1, 1.0, rho)
+            return p_V, q_V, rho, _beta(p_V, q_V, rho, jnp), k
 
         def step(carry, level):
             node, at_K, active_K, alive = carry
@@ -122,20 +113,21 @@ class KSeq(Rule):
         def visit(active, mass):
             """`active`: the nodes at which the agreeing chains stand, first chain first."""
             node = active[0]
-            stand = list(tree.children[0]) if node == 0 else [
-                c for a in active for c in tree.children[a]
-            ]  # fmt: skip
+            stand = [c for a in active for c in tree.children[a]]
             p_V = tree.p_TxV[node]
             if not stand:
                 stop[node], following[node] = stop[node] + mass, p_V
                 return
-            q_V, k = tree.drawn_from(node, stand[0]), len(stand)
-            rho, beta = _numpy_scale(p_V, q_V, k)
+            q_V, k = tree.q_TxV[node], len(stand)
+            rho, high = 1.0, k
+            for _ in range(HALVINGS if k > 1 else 0):
+                rho, high = _halve(p_V, q_V, k, rho, high, np)
+            beta = _beta(p_V, q_V, rho, np)
             for x in dict.fromkeys(tree.tokens[c] for c in stand):
                 taken, missed = 0.0, 1.0
                 for c in stand:
                     y = tree.tokens[c]
-                    accept = min(1.0, p_V[y] / (rho * q_V[y])) if q_V[y] else float(p_V[y] > 0)
+                    accept = accept_probability(p_V[y], rho * q_V[y])
                     taken += missed * accept * (y == x)
                     missed *= 1 - accept
                 visit([c for c in stand if tree.tokens[c] == x], mass * taken)

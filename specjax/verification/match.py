@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.trees import DraftTree
-from specjax.verification.base import Rule, Tree, VerifyOut
+from specjax.verification.base import Rule, Tree, VerifyOut, finish
 
 
 def walk(token_at: Callable, draft: DraftTree, depth: int, force_T=None) -> VerifyOut:
@@ -27,27 +27,21 @@ def walk(token_at: Callable, draft: DraftTree, depth: int, force_T=None) -> Veri
       force_T: where no child has the token, the first forced child is followed instead.
     """
     rows = jnp.arange(draft.tokens_T.shape[0], dtype=jnp.int32)
-    node, alive = jnp.int32(0), jnp.bool_(True)
-    path, tokens, count = [], [], jnp.int32(0)
+    node, alive, token = jnp.int32(0), jnp.bool_(True), jnp.int32(-1)
     for d in range(depth + 1):
-        token = token_at(d, node)
-        child = jnp.int32(-1)
-        if d < depth:
-            child_T = (draft.parent_T == node) & draft.valid_T
-            child = jnp.max(jnp.where(child_T & (draft.tokens_T == token), rows, -1))
-            if force_T is not None:
-                last = rows.shape[0]
-                forced = jnp.min(jnp.where(child_T & force_T, rows, last))
-                child = jnp.where((child < 0) & (forced < last), forced, child)
-                token = jnp.where(child >= 0, draft.tokens_T[child], token)
-        tokens.append(jnp.where(alive, token, -1))
-        count = count + alive
-        if d < depth:
-            alive = alive & (child >= 0)
-            path.append(jnp.where(alive, child, -1))
-            node = jnp.where(alive, child, node)
-    path_D = jnp.stack(path) if path else jnp.zeros(0, jnp.int32)
-    return VerifyOut(path_D, jnp.stack(tokens), count)
+        drawn = token_at(d, node)
+        token = jnp.where(alive, drawn, token)
+        if d == depth:
+            break
+        child_T = (draft.parent_T == node) & draft.valid_T
+        child = jnp.max(jnp.where(child_T & (draft.tokens_T == drawn), rows, -1))
+        if force_T is not None:
+            last = rows.shape[0]
+            forced = jnp.min(jnp.where(child_T & force_T, rows, last))
+            child = jnp.where((child < 0) & (forced < last), forced, child)
+        alive = alive & (child >= 0)
+        node = jnp.where(alive, child, node)
+    return finish(draft, node, token, depth)
 
 
 def match_law(tree: Tree, p_TxV) -> tuple[np.ndarray, np.ndarray]:

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 from specjax.trees import DraftTree
-from specjax.verification.base import LogpRows, Noise, Rule, Tree, VerifyOut
+from specjax.verification.base import LogitRows, Noise, Rule, Tree, VerifyOut
 
 
 def law(draft: DraftTree, target_logp, rule: Rule, force_T=None) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +33,7 @@ def law(draft: DraftTree, target_logp, rule: Rule, force_T=None) -> tuple[np.nda
         p_TxV = np.exp(np.asarray(target_logp, np.float64))
         q_TxV = None if draft.law_TxV is None else np.exp(np.asarray(draft.law_TxV, np.float64))
     force = np.zeros(len(tokens), bool) if force_T is None else np.asarray(force_T, bool)
-    return rule.law(Tree(tokens, parents, children, p_TxV, q_TxV, force))
+    return rule.law(Tree(tokens, children, p_TxV, q_TxV, force))
 
 
 def verify(noise: Noise, draft: DraftTree, target_logp, rule: Rule, force_T=None) -> VerifyOut:
@@ -44,4 +44,4 @@ def verify(noise: Noise, draft: DraftTree, target_logp, rule: Rule, force_T=None
     if draft.tokens_T.ndim == 2:
         one = lambda n, d, p, f: verify(n, d, p, rule, f)  # noqa: E731
         return jax.vmap(one)(noise, draft, target_logp, force_T)
-    return rule.verify(noise, draft, LogpRows(target_logp), force_T)
+    return rule.verify(noise, draft, LogitRows(target_logp), force_T)

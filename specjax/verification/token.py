@@ -15,19 +15,13 @@ from specjax.verification.base import (
     Rule,
     Tree,
     VerifyOut,
+    accept_probability,
     child_at,
     child_law,
     finish,
     normalised,
     scan_depth,
 )
-
-
-def accept_probability(p: float, q: float) -> float:
-    """min(1, p/q); a token that the draft could not have drawn is accepted where p allows it."""
-    if q == 0:
-        return float(p > 0)
-    return min(1.0, p / q)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +63,14 @@ class Token(Rule):
         T, V = tree.shape
         stop, following = np.zeros(T), np.zeros((T, V))
         node, mass = 0, 1.0
-        while True:
+        while tree.children[node]:
+            ((child, x, q_V),) = tree.siblings(node)
             p_V = tree.p_TxV[node]
-            following[node] = p_V
-            if not tree.children[node]:
-                stop[node] = mass
-                return stop, following
-            (child,) = tree.children[node]
-            q_V, x = tree.drawn_from(node, child), tree.tokens[child]
             accept = 1.0 if tree.force_T[child] else accept_probability(p_V[x], q_V[x])
-            residual = np.maximum(p_V - q_V, 0)
-            if residual.sum() > 0:
-                following[node] = residual / residual.sum()
+            residual_V = np.maximum(p_V - q_V, 0)
+            left = residual_V.sum()
+            following[node] = residual_V / left if left > 0 else p_V
             stop[node] = mass * (1 - accept)
             node, mass = child, mass * accept
+        stop[node], following[node] = mass, tree.p_TxV[node]
+        return stop, following

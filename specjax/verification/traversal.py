@@ -24,12 +24,14 @@ from specjax.verification.base import (
     Rule,
     Tree,
     VerifyOut,
-    child_at,
-    child_law,
+    accept_probability,
+    capped_ratio,
+    capped_share,
     finish,
     normalised,
+    over_siblings,
+    taken_share,
 )
-from specjax.verification.recursive import strike_out, struck_out
 
 
 def post_order(draft: DraftTree, depth: int):
@@ -66,37 +68,18 @@ class Traversal(Rule):
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
         depth = noise.token_A.shape[0] - 1
-        T, C = draft.child_TxC.shape
-        sampled = draft.law_TxV is not None
+        T = draft.tokens_T.shape[0]
+
+        def offer(carry, child, x, Q_V):
+            r_T, r, P_V = carry
+            r_T = r_T.at[child].set(capped_ratio(r * P_V[x], Q_V[x]))
+            left_V = jnp.maximum(r * P_V - Q_V, 0)
+            return r_T, capped_share(jnp.sum(left_V), r), normalised(left_V, P_V)
 
         def descend(r_T, v):
             """Offers the children of v: (r_T with theirs set, r_v and P_v as they leave it)."""
-            P_V = rows.probs(v)
-            Q_V = jnp.exp(draft.law_TxV[v]) if sampled else jnp.zeros_like(P_V)
-
-            def offer(rank, carry):
-                r_T, r, P_V, Q_V, tried_V = carry
-                child, there = child_at(draft, v, rank)
-                x = draft.tokens_T[child]
-                Q = Q_V if sampled else child_law(draft, v, child, rows)
-                ratio = r * P_V[x] / jnp.where(Q[x] > 0, Q[x], 1.0)
-                ratio = jnp.where(Q[x] > 0, ratio, (r * P_V[x] > 0).astype(ratio.dtype))
-                slot = jnp.where(there, child, T)
-                r_T = r_T.at[slot].set(jnp.minimum(ratio, 1.0), mode="drop")
-                left_V = jnp.maximum(r * P_V - Q, 0)
-                Z = jnp.sum(left_V)
-                taken = jnp.where(Z + (1 - r) > 0, Z / jnp.maximum(Z + (1 - r), 1e-38), 1.0)
-                r = jnp.where(there, taken, r)
-                P_V = jnp.where(there, normalised(left_V, P_V), P_V)
-                if sampled and not self.replacement:
-                    Q_new, tried_new = strike_out(Q_V, tried_V, x)
-                    Q_V = jnp.where(there, Q_new, Q_V)
-                    tried_V = jnp.where(there, tried_new, tried_V)
-                return r_T, r, P_V, Q_V, tried_V
-
-            start = r_T, r_T[v], P_V, Q_V, jnp.zeros(P_V.shape, bool)
-            r_T, r, P_V, _, _ = jax.lax.fori_loop(0, C, offer, start)
-            return r_T, r, P_V
+            start = r_T, r_T[v], rows.probs(v)
+            return over_siblings(offer, start, draft, v, rows, self.replacement)
 
         def visit(r_T, v):
             r_T, r, _ = descend(r_T, v)
@@ -117,19 +100,12 @@ class Traversal(Rule):
 
         def visit(v, r, mass):
             """Offers the subtree of v to `mass`; returns what it leaves over."""
-            P_V, Q_V, tried = tree.p_TxV[v].copy(), None, []
-            for c in tree.children[v]:
-                x = tree.tokens[c]
-                if Q_V is None or tree.q_TxV is None:
-                    Q_V = tree.drawn_from(v, c)
-                ratio = r * P_V[x] / Q_V[x] if Q_V[x] > 0 else float(r * P_V[x] > 0)
-                mass = visit(c, min(1.0, ratio), mass)
-                left = np.maximum(r * P_V - Q_V, 0)
-                Z = left.sum()
-                r = Z / (Z + (1 - r)) if Z + (1 - r) > 0 else 1.0
-                P_V = left / Z if Z > 0 else P_V
-                if tree.q_TxV is not None and not self.replacement:
-                    Q_V = struck_out(Q_V, tried, x)
+            P_V = tree.p_TxV[v]
+            for c, x, Q_V in tree.siblings(v, self.replacement):
+                mass = visit(c, accept_probability(r * P_V[x], Q_V[x]), mass)
+                left_V = np.maximum(r * P_V - Q_V, 0)
+                Z = left_V.sum()
+                r, P_V = taken_share(Z, r), left_V / Z if Z > 0 else P_V
             if v == 0:
                 r = 1.0
             stop[v], following[v] = mass * r, P_V

@@ -13,18 +13,20 @@ from specjax.training.run import open_run
 
 def test_config_is_recorded_and_reopened(tmp_path):
     config = fasteagle.get_config("smoke")
-    folder = open_run(str(tmp_path / "run"), config, {"train.steps": 20})
+    config.train.steps = 7
+    folder = open_run(str(tmp_path / "run"), config, {"train.steps": 7})
     record = json.loads((folder / "config.json").read_text())
-    assert record["config"]["train"]["steps"] == 20
-    assert record["overrides"] == {"train.steps": 20}
+    assert record["config"]["train"]["steps"] == 7
+    assert record["overrides"] == {"train.steps": 7}
     assert open_run(str(folder), config) == folder
 
 
 def test_a_folder_of_another_config_is_refused_by_field(tmp_path):
     config = fasteagle.get_config("smoke")
+    config.train.steps = 7
     open_run(str(tmp_path), config)
-    config.train.steps = 21
-    with pytest.raises(ValueError, match="another config's run.*train.steps: 20 there, 21 now"):
+    config.train.steps = 8
+    with pytest.raises(ValueError, match="another config's run.*train.steps: 7 there, 8 now"):
         open_run(str(tmp_path), config)
 
 
