@@ -6,6 +6,7 @@ come before children. A node's position is cache length + its depth, never its r
 
 import dataclasses
 import functools
+import itertools
 
 import flax.struct
 import jax
@@ -110,6 +111,17 @@ def chains(count: int, depth: int) -> Topology:
         raise ValueError(f"chains: count {count} and depth {depth} must be at least 1")
     starts = [1 + j * depth for j in range(count)]
     return Topology((-1, *(0 if i == s else i - 1 for s in starts for i in range(s, s + depth))))
+
+
+def branching(counts) -> Topology:
+    """Every node of level i - 1 has counts[i - 1] children; rows level by level, siblings together.
+
+    Raises:
+      ValueError: no level, or a level without children.
+    """
+    if not counts or min(counts) < 1:
+        raise ValueError(f"branching: {tuple(counts)} must hold one count >= 1 for each level")
+    return paths(itertools.product(*map(range, counts)))
 
 
 def backbone(depth: int, candidates: int) -> Topology:

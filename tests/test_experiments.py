@@ -2,14 +2,20 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
+import jax
 import pytest
 
 import specjax
 from specjax.evaluation.results import FURTHER_KEYS, ROW_KEYS, read_results
 from specjax.evaluation.spec_bench import compare_answers, read_answers
+from specjax.models.config import ModelConfig
+from specjax.models.hf import save_target
+from specjax.models.target import BUILTIN
+from specjax.models.transformer import init_params
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMAND = [
@@ -65,6 +71,47 @@ def test_a_run_folder_is_complete_and_resumes(tmp_path):
 
     other = run(f"--workdir={folder}", "--config.seed=1")
     assert other.returncode != 0 and "seed: 0 there, 1 now" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_published_preset_runs_on_local_files(tmp_path):
+    """Chat template, two turns, conversations, bfloat16, a chunked loss, trees of 57 rows."""
+    config = ModelConfig(
+        vocab_size=2048, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=2,
+        num_kv_heads=1, head_dim=16, max_position_embeddings=512, bos_token_id=0,
+        eos_token_ids=(1,),
+    )  # fmt: skip
+    folder, data = tmp_path / "target", tmp_path / "data"
+    save_target(folder, config, init_params(jax.random.key(0), config), "bfloat16")
+    shutil.copy(BUILTIN / "tokenizer.json", folder)
+    rows = {
+        "sharegpt": {"conversations": [{"from": "human", "value": "Count to ten."}]},
+        "mt_bench": {"category": "math", "turns": ["What is 2 + 3?", "And doubled?"]},
+    }
+    for name, row in rows.items():
+        (data / name).mkdir(parents=True)
+        (data / name / "question.jsonl").write_text(4 * (json.dumps(row) + "\n"))
+    small = [
+        "data.count=4", "data.batch=4", "data.length=128", "data.max_prompt_tokens=64",
+        "data.max_new_tokens=32", "train.loss.chunk=64", "train.steps=2", "train.batch_size=2",
+        "train.tau_every=0", "train.checkpoint_every=2", "eval.tasks=('mt_bench',)",
+        "eval.temperatures=(0.0,)", "eval.prompts=2", "eval.max_new_tokens=8",
+        "calibrate.prompts=1", "calibrate.max_new_tokens=4",
+        "drafters.fasteagle.budgets=()", "drafters.eagle3.budgets=()",
+        "drafters.eagle3.init.draft_vocab_size=512",
+        f"target.name={folder}", f"data.data_dir={data}",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "experiments.main", "--config=configs/fasteagle.py:vicuna_13b",
+            f"--workdir={tmp_path / 'run'}", *(f"--config.{field}" for field in small),
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = read_results(tmp_path / "run" / "results.json")["rows"]
+    assert {r["nodes"] for r in rows} == {1, 57} and len(rows) == 5
+    assert all(r["lossless"]["checked"] == 4 for r in rows)  # two prompts of two turns
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import pytest
 from specjax.trees import (
     Topology,
     backbone,
+    branching,
     chain,
     children_from_parents,
     paths,
@@ -132,6 +133,17 @@ def test_paths():
     ]
 
 
+@pytest.mark.parametrize("counts", [(1,), (3,), (2, 2), (3, 1, 2)])
+def test_branching_gives_every_node_of_a_level_as_many_children(counts):
+    tree, start, width = branching(counts), 0, 1
+    for count in counts:
+        below = start + width
+        children = tree.child_TxC[start:below, :count]
+        np.testing.assert_array_equal(children.ravel(), below + np.arange(width * count))
+        start, width = below, width * count
+    assert tree.nodes == start + width and tree.max_depth == len(counts)
+
+
 def test_only_last_moves_is_what_it_says():
     """True exactly when, on every root-to-node path, all but the last row equal their depth."""
     random = np.random.RandomState(3)
@@ -180,6 +192,8 @@ def test_draft_is_batched():
         (lambda: backbone(0, 2), "depth 0"),
         (lambda: backbone(2, 0), "candidates 0"),
         (lambda: chain(-1), "depth -1"),
+        (lambda: branching(()), "count"),
+        (lambda: branching((2, 0)), r"\(2, 0\)"),
         (lambda: paths([]), "no path"),
         (lambda: paths([(0, -1)]), r"\(0, -1\)"),
     ],

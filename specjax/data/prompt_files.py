@@ -27,7 +27,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     A row is {"question_id", "category", "turns", "reference"}, the last optional, or GSM8K's
     {"question", "answer"}; question_id defaults to the row's index. Raises FileNotFoundError for a
     missing file and ValueError, naming file, line and field, for a file without prompts, a line
-    that is not JSON, a row without turns, or a turn that is no text.
+    that is not JSON, a row without turns, a turn that is no text, or a question_id used twice.
     """
     path = Path(path)
     file = path / QUESTION_FILE if path.is_dir() else path
@@ -44,8 +44,15 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
 
 
 def _file_prompts(file: Path) -> Iterator[Prompt]:
+    lines: dict[int | str, int] = {}
     for index, (number, _, row) in enumerate(read_jsonl(file)):
-        yield _row_prompt(row, index, f"{file}:{number}")
+        prompt = _row_prompt(row, index, f"{file}:{number}")
+        first = lines.setdefault(prompt.question_id, number)
+        if first != number:  # answers are paired by it
+            raise ValueError(
+                f"{file}:{number}: question_id: {prompt.question_id!r} is line {first}'s already"
+            )
+        yield prompt
 
 
 def _row_prompt(row: dict, index: int, where: str) -> Prompt:

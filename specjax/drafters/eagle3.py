@@ -8,6 +8,7 @@ same recursion ("training-time test").
 
 import dataclasses
 import functools
+import math
 from typing import ClassVar
 
 import jax
@@ -20,10 +21,10 @@ from specjax.drafters.features import (
     MidLayer,
     last_rows,
 )
-from specjax.drafters.proposals import beam_step, draw_children, log_law
+from specjax.drafters.proposals import KINDS, beam_step, draw_children, log_law
 from specjax.models.transformer import head_VxD
 from specjax.sampling import argmax
-from specjax.trees import DraftTree, Topology, chain, chains, children_from_parents
+from specjax.trees import DraftTree, Topology, branching, chain, children_from_parents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +32,12 @@ class Eagle3(FeatureDrafter):
     """Autoregressive feature drafter; top_k = 1 is a chain, else EAGLE-2's expand and rerank."""
 
     name: ClassVar[str] = "eagle3"
-    proposals: ClassVar[tuple[str, ...]] = ("top", "without_replacement", "chains")
-
     steps: int = 7  # unrolled steps when training
     top_k: int = 1  # K: frontier width, and children tried per frontier node
     draft_depth: int = 0  # levels drafted; 0 = steps
     total_nodes: int = 0  # T, root included; 0 = depth + 1 for a chain, 4 * depth for a tree
+    # Children of each node by level, when they are sampled (RSD-C); () = stochastic beam search
+    branching: tuple[int, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,18 +50,44 @@ class Eagle3(FeatureDrafter):
                 f"{self.depth} and top_k {self.top_k}"
             )
 
+        if self.branching and (len(self.branching) != self.depth or min(self.branching) < 1):
+            raise ValueError(
+                f"branching: {self.branching} must hold one count >= 1 for each of {self.depth} "
+                "levels"
+            )
+
+    @property
+    def proposals(self) -> tuple[str, ...]:
+        # Beam search draws without replacement; siblings drawn with it need a shape of their own.
+        beam = ("top", "without_replacement", "chains")
+        return KINDS if self.branching else beam
+
     @property
     def depth(self) -> int:
         return self.draft_depth or self.steps
 
     @property
-    def width(self) -> int:
-        """Nodes a level of a sampled tree: as many as the node budget feeds."""
+    def nodes(self) -> int:
+        return 1 + sum(self._widths) if self.proposal.sampled else self._budget
+
+    @property
+    def _counts(self) -> tuple[int, ...]:
+        """Children of each node of a sampled tree by level; () where beam search decides."""
+        if self.proposal.kind == "chains":
+            return (self._beams, *[1] * (self.depth - 1))
+        return self.branching
+
+    @property
+    def _beams(self) -> int:
+        """Nodes a level, or chains: as many as the node budget feeds."""
         return min(self.top_k, max(1, (self._budget - 1) // self.depth))
 
     @property
-    def nodes(self) -> int:
-        return self.depth * self.width + 1 if self.proposal.sampled else self._budget
+    def _widths(self) -> tuple[int, ...]:
+        """Nodes of each level of a sampled tree."""
+        if self._counts:
+            return tuple(math.prod(self._counts[:level]) for level in range(1, self.depth + 1))
+        return (self._beams,) * self.depth
 
     @property
     def _budget(self) -> int:
@@ -70,14 +97,15 @@ class Eagle3(FeatureDrafter):
 
     @property
     def topology(self) -> Topology | None:
-        if self.proposal.kind == "chains":
-            return chains(self.width, self.depth)
-        narrow = self.width == 1 if self.proposal.sampled else self.top_k == 1
+        if self.proposal.sampled and self._counts:
+            return branching(self._counts)
+        narrow = self._beams == 1 if self.proposal.sampled else self.top_k == 1
         return chain(self.depth) if narrow else None
 
     @property
     def scratch(self) -> int:
-        return self.depth + 1 + (self.depth - 1) * self.top_k
+        drafted = sum(self._widths[:-1]) if self.proposal.sampled else (self.depth - 1) * self.top_k
+        return self.depth + 1 + drafted
 
     @property
     def cache_layers(self) -> int:
@@ -150,11 +178,12 @@ class Eagle3(FeatureDrafter):
             tree, cache = self._draft_tree(params, target_params, cache, x_BxD, root_B)
         return tree, state.replace(cache=cache)
 
-    def _frontier(self, params, target_params, cache, x_BxKxD, tokens_BxK, level, visible_BxKxR):
-        """Runs K tree nodes of one level; they are scratch rows behind the committed ones."""
+    def _frontier(
+        self, params, target_params, cache, x_BxKxD, tokens_BxK, level, offset, visible_BxKxR
+    ):
+        """Runs K tree nodes of one level: scratch rows from `offset` behind the committed ones."""
         B, K = tokens_BxK.shape
         R = visible_BxKxR.shape[-1]
-        offset = (level - 1) * K
         positions = jnp.broadcast_to(cache.lengths_B[:, None] + level - 1, (B, K))
         # A square mask over all R scratch rows; this level's K rows of it.
         square = jnp.zeros((B, R, R), bool).at[:, offset : offset + K].set(visible_BxKxR)
@@ -175,7 +204,7 @@ class Eagle3(FeatureDrafter):
                 visible = jnp.broadcast_to(jnp.arange(R) < level, (B, 1, R))
                 with jax.named_scope(f"step_{level}"):
                     x, cache = self._frontier(
-                        params, target_params, cache, x, token_Bx1, level, visible
+                        params, target_params, cache, x, token_Bx1, level, level - 1, visible
                     )
         return jnp.concatenate(tokens, axis=1), cache
 
@@ -202,11 +231,12 @@ class Eagle3(FeatureDrafter):
         visible_BxKxR = jnp.zeros((B, K, R), bool)
         size = K
         for level in range(1, self.depth):
-            own = jnp.arange(R) == (level - 1) * K + jnp.arange(K)[:, None]
+            offset = (level - 1) * K
+            own = jnp.arange(R) == offset + jnp.arange(K)[:, None]
             visible_BxKxR = visible_BxKxR | own
             with jax.named_scope(f"level_{level}"):
                 x_BxKxD, cache = self._frontier(
-                    params, target_params, cache, x_BxKxD, token_BxK, level, visible_BxKxR
+                    params, target_params, cache, x_BxKxD, token_BxK, level, offset, visible_BxKxR
                 )
                 logp, ids = children(x_BxKxD)
             total = (score_BxK[..., None] + logp).reshape(B, K * K)
@@ -231,64 +261,67 @@ class Eagle3(FeatureDrafter):
         return _dynamic_tree(root_B, token, parent.astype(jnp.int32), self.depth, K), cache
 
     def _draft_sampled(self, params, target_params, cache, x_BxD, root_B, keys_B):
-        """Draws W tokens a level: by stochastic beam search (RSD-S), or as W independent chains."""
-        B, D = x_BxD.shape
-        W, depth, independent = self.width, self.depth, self.proposal.kind == "chains"
-        R = max((depth - 1) * W, 1)
+        """Draws the tree level by level, with the law behind every row's children.
+
+        Each node draws its own children where the shape is known (RSD-C, and independent chains);
+        else stochastic beam search (RSD-S) draws a level at once.
+        """
+        B, depth, widths = x_BxD.shape[0], self.depth, self._widths
+        R = max(sum(widths[:-1]), 1)
 
         def laws(x):
             logits = self.logits(params, target_params, x)
             return self.to_target_laws(params, log_law(logits, self.proposal.sampling))
 
-        def level_keys(level):
-            return jax.vmap(lambda k: jax.random.fold_in(k, level))(keys_B)
+        def draw(keys_B, law_BxMxV, count):
+            """`count` children of each of M nodes."""
+            kind = self.proposal.kind
+            one = lambda k, q: draw_children(k, q, count, kind)  # noqa: E731
+            keys_BxM = jax.vmap(lambda k: jax.random.split(k, law_BxMxV.shape[1]))(keys_B)
+            return jax.vmap(jax.vmap(one))(keys_BxM, law_BxMxV).reshape(B, -1)
 
-        law = laws(x_BxD[:, None])
+        x, law = x_BxD[:, None], laws(x_BxD[:, None])
         phi, perturbed = jnp.zeros((B, 1)), jnp.zeros((B, 1))
-        rows = jnp.zeros((B, 1), jnp.int32)  # of the beams, in the tree
-        x = jnp.broadcast_to(x_BxD[:, None], (B, W, D))
-        visible_BxWxR = jnp.zeros((B, W, R), bool)
-        tokens, parents, valid, all_laws = [], [], [], [law]
-        for level in range(1, depth + 1):
-            if independent:
-                count = W if level == 1 else 1
-                draw = lambda k, q, n=count: draw_children(k, q, n, "chains")  # noqa: E731
-                keys = jax.vmap(lambda k, m=law.shape[1]: jax.random.split(k, m))(level_keys(level))
-                token_BxW = jax.vmap(jax.vmap(draw))(keys, law).reshape(B, W)
-                beam = jnp.broadcast_to(jnp.arange(W) % law.shape[1], (B, W))
-                perturbed = jnp.zeros((B, W))
+        visible_BxWxR = jnp.zeros((B, 1, R), bool)
+        tokens, parents, valid, all_laws = [root_B[:, None]], [], [jnp.ones((B, 1), bool)], [law]
+        row, offset = 0, 0  # of the previous level's first node: in the tree, in the cache
+        for level, width in enumerate(widths, start=1):
+            above = law.shape[1]
+            level_keys_B = jax.vmap(lambda k, at=level: jax.random.fold_in(k, at))(keys_B)
+            if self._counts:
+                token_BxW = draw(level_keys_B, law, width // above)
+                from_BxW = jnp.broadcast_to(jnp.arange(width) // (width // above), (B, width))
+                valid_BxW = jnp.ones((B, width), bool)
             else:
-                grow = functools.partial(beam_step, width=W)
-                token_BxW, beam, phi, perturbed = jax.vmap(grow)(
-                    level_keys(level), phi, perturbed, law
+                grow = functools.partial(beam_step, width=width)
+                token_BxW, from_BxW, phi, perturbed = jax.vmap(grow)(
+                    level_keys_B, phi, perturbed, law
                 )
+                valid_BxW = jnp.isfinite(perturbed)
             tokens.append(token_BxW)
-            parents.append(jnp.take_along_axis(rows, beam, axis=1))
-            valid.append(jnp.isfinite(perturbed))
-            rows = jnp.broadcast_to(1 + (level - 1) * W + jnp.arange(W, dtype=jnp.int32), (B, W))
+            parents.append(row + from_BxW)
+            valid.append(valid_BxW)
+            row += above
             if level == depth:
                 break
-            if level > 1:
-                x = jnp.take_along_axis(x, beam[..., None], axis=1)
-                visible_BxWxR = jnp.take_along_axis(visible_BxWxR, beam[..., None], axis=1)
-            own = jnp.arange(R) == (level - 1) * W + jnp.arange(W)[:, None]
-            visible_BxWxR = visible_BxWxR | own
+            x = jnp.take_along_axis(x, from_BxW[..., None], axis=1)
+            own_WxR = jnp.arange(R) == offset + jnp.arange(width)[:, None]
+            visible_BxWxR = jnp.take_along_axis(visible_BxWxR, from_BxW[..., None], axis=1)
+            visible_BxWxR = visible_BxWxR | own_WxR
             with jax.named_scope(f"level_{level}"):
                 x, cache = self._frontier(
-                    params, target_params, cache, x, token_BxW, level, visible_BxWxR
+                    params, target_params, cache, x, token_BxW, level, offset, visible_BxWxR
                 )
                 law = laws(x)
             all_laws.append(law)
-        all_laws.append(jnp.full((B, W, law.shape[-1]), -jnp.inf))  # the deepest have no children
+            offset += width
+        all_laws.append(jnp.full((B, widths[-1], law.shape[-1]), -jnp.inf))  # the last: no children
         law_BxTxV = jnp.concatenate(all_laws, axis=1)
-        if independent:  # level by level -> chain by chain
-            order = [0, *(1 + d * W + j for j in range(W) for d in range(depth))]
-            drafted = jnp.concatenate([root_B[:, None], *tokens], axis=1)[:, order]
-            return self.topology.draft(drafted, law_BxTxV[:, order]), cache
-        token, parent = jnp.concatenate(tokens, axis=1), jnp.concatenate(parents, axis=1)
-        tree = _dynamic_tree(root_B, token, parent.astype(jnp.int32), depth, W)
-        valid_BxT = jnp.concatenate([jnp.ones((B, 1), bool), *valid], axis=1)
-        return tree.replace(valid_T=valid_BxT, law_TxV=law_BxTxV), cache
+        if self._counts:
+            return self.topology.draft(jnp.concatenate(tokens, axis=1), law_BxTxV), cache
+        token, parent = jnp.concatenate(tokens[1:], axis=1), jnp.concatenate(parents, axis=1)
+        tree = _dynamic_tree(root_B, token, parent.astype(jnp.int32), depth, widths[-1])
+        return tree.replace(valid_T=jnp.concatenate(valid, axis=1), law_TxV=law_BxTxV), cache
 
 
 def _dynamic_tree(root_B, token_BxM, parent_BxM, depth: int, width: int) -> DraftTree:

@@ -152,6 +152,10 @@ def test_names_under_a_data_dir(tmp_path):
         ('{"turns": [3]}\n', r"question\.jsonl:1: turns\[0\]: 3 is no prompt"),
         ('{"question": ""}\n', r"question\.jsonl:1: turns\[0\]: '' is no prompt"),
         ('{"turns": ["a"], "question_id": []}\n', r"question\.jsonl:1: question_id: \[\]"),
+        (
+            2 * '{"turns": ["a"], "question_id": 7}\n',
+            r"question\.jsonl:2: question_id: 7 is line 1's already",
+        ),
     ],
 )
 def test_bad_prompt_files(tmp_path, text, message):

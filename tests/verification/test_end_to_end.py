@@ -28,6 +28,8 @@ CHAIN = {"fasteagle": dict(candidates=1), "eagle3": dict(top_k=1)}
 TREE = {"fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6)}
 WIDE = {"fasteagle": dict(candidates=3), "eagle3": dict(top_k=2, total_nodes=6)}
 
+BRANCHED = {"eagle3": dict(branching=(2, 2))}
+
 
 @pytest.fixture(scope="module")
 def target():
@@ -104,6 +106,9 @@ RUNS = [
     ("traversal", {}, "eagle3", TREE, HOT),
     ("k_seq", {}, "fasteagle", TREE, WARM),
     ("k_seq", {}, "eagle3", TREE, COLD),
+    ("recursive_rejection", {}, "eagle3", BRANCHED, HOT_CUT),
+    ("recursive_rejection", {"replacement": True}, "eagle3", BRANCHED, COLD),
+    ("traversal", {"replacement": True}, "eagle3", BRANCHED, WARM),
 ]
 
 
@@ -115,7 +120,8 @@ def name_of(run):
 # Each compiles its own round: by default one run for every rule, both drafters taking turns.
 QUICK = {
     "match-eagle3-0.6-cut", "token-fasteagle-0.6", "block-eagle3-1.0",
-    "recursive_rejection-fasteagle-0.6-cut", "traversal-eagle3-1.3", "k_seq-fasteagle-1.0",
+    "recursive_rejection-fasteagle-0.6-cut", "recursive_rejection-replacement-eagle3-0.6",
+    "traversal-eagle3-1.3", "k_seq-fasteagle-1.0",
 }  # fmt: skip
 
 
