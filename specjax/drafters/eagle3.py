@@ -161,7 +161,7 @@ class Eagle3(FeatureDrafter):
             )
             own = (*own, kv)
             hidden.append(x)
-        return hidden
+        return hidden, hidden
 
     # ---- drafting ----------------------------------------------------------------------------
 

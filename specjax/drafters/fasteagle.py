@@ -10,11 +10,17 @@ by all depths, started from the target's final norm; full head by default. Embed
 the target's, frozen; the layers start at random: copies of the target's last layers, rescaled to
 the drafter's residual stream, trained no better on the built-in target (cross-entropy at depth 1
 after the same 120 steps: 3.97 nats against 3.74).
+
+FSPAD (arXiv 2408.15562) maps onto the cascade in two parts. Feature sampling, `entry="sampled"`:
+the next token's embedding gates a readout of the fused entry; deeper layers have no new token.
+Partial alignment, `partial_alignment`: every layer's MLP ends in two halves on one residual, o_i
+for the head and r_i for the feature loss, and r_i is what the next layer reads.
 """
 
 import dataclasses
 from typing import ClassVar
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -25,13 +31,34 @@ from specjax.drafters.features import (
     last_rows,
 )
 from specjax.drafters.proposals import KINDS, draw_children, log_law
-from specjax.models.layers import RMSNorm
+from specjax.models.config import ModelConfig
+from specjax.models.layers import MLP, Attention, RMSNorm
 from specjax.models.linear import linear
 from specjax.models.transformer import head_VxD, make_block
 from specjax.sampling import top_candidates
 from specjax.trees import Topology, backbone, chains
 
-ENTRIES = ("fc2h", "wide_qkv")
+ENTRIES = ("fc2h", "wide_qkv", "sampled")
+
+
+class SplitBlock(nn.Module):
+    """A decoder layer with two outputs that share all but the last half of the down-projection."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD, rope, mask, kv=None, start_B=None):
+        c = self.config
+        attention = Attention(
+            c.num_heads, c.num_kv_heads, c.head_dim, x_BxTxD.shape[-1], c.rms_norm_eps,
+            c.qkv_bias, c.o_bias, c.qk_norm, name="attn",
+        )  # fmt: skip
+        normed = RMSNorm(c.rms_norm_eps, name="attn_norm")(x_BxTxD)
+        y, kv = attention(normed, rope, mask, kv, start_B)
+        a = x_BxTxD + y
+        normed = RMSNorm(c.rms_norm_eps, name="mlp_norm")(a)
+        o, r = jnp.split(MLP(c.intermediate_size, outputs=2, name="mlp")(normed), 2, axis=-1)
+        return (a + o, a + r), kv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +69,10 @@ class FastEagle(FeatureDrafter):
     proposals: ClassVar[tuple[str, ...]] = KINDS
 
     num_layers: int = 7  # N: trained depth
-    entry: str = "fc2h"  # "fc2h": FC over [norm(g), norm(e)]; "wide_qkv": EAGLE-3's 2D-wide layer
+    # "fc2h": FC over [norm(g), norm(e)]; "wide_qkv": EAGLE-3's 2D-wide layer; "sampled": fc2h, then
+    # x + down(silu(gate(norm(e))) * up(norm(x))), FSPAD's feature sampling
+    entry: str = "fc2h"
+    partial_alignment: bool = False  # FSPAD: separate outputs for the head and for the next layer
     candidates: int = 1  # C: tokens per level
     draft_depth: int = 0  # levels used when drafting; 0 = all N
 
@@ -50,6 +80,8 @@ class FastEagle(FeatureDrafter):
         super().__post_init__()
         if self.entry not in ENTRIES:
             raise ValueError(f"entry: {self.entry!r} is unknown; one of {ENTRIES}")
+        if self.partial_alignment and self.entry == "wide_qkv":
+            raise ValueError("partial_alignment: entry 'wide_qkv' has no split layer")
         if self.num_layers < 1 or self.candidates < 1:
             raise ValueError("num_layers and candidates: must be at least 1")
         if not 0 <= self.draft_depth <= self.num_layers:
@@ -81,15 +113,37 @@ class FastEagle(FeatureDrafter):
         params = self.init_common(keys[0], target_params)
         x, mask = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
         rope = self.rope(jnp.zeros((1, 1), jnp.int32))
-        block, middle = make_block(self.block), MidLayer(self.block)
-        layers = [block.init(k, x, rope, mask)["params"] for k in keys[2:]]
-        if self.entry == "fc2h":
-            params["entry"] = jax.random.normal(keys[1], (2 * D, D)) * (2 * D) ** -0.5
-            params["g_norm"] = {"scale": jnp.ones(D)}
-            params["e_norm"] = {"scale": jnp.ones(D)}
-        else:
-            layers[0] = middle.init(keys[2], x, x, rope, mask)["params"]
+        layers = [self._layer.init(k, x, rope, mask)["params"] for k in keys[2:]]
+        if self.entry == "wide_qkv":
+            layers[0] = MidLayer(self.block).init(keys[2], x, x, rope, mask)["params"]
+            return params | {"layers": layers}
+        params["entry"] = _lecun(keys[1], 2 * D, D)
+        params["g_norm"] = {"scale": jnp.ones(D)}
+        params["e_norm"] = {"scale": jnp.ones(D)}
+        if self.entry == "sampled":
+            F = self.block.intermediate_size
+            shapes = {"gate": (D, F), "up": (D, F), "down": (F, D)}
+            sampling_keys = jax.random.split(jax.random.fold_in(keys[1], 1), len(shapes))
+            pairs = zip(sampling_keys, shapes.items(), strict=True)
+            params["sampling"] = {name: _lecun(k, *shape) for k, (name, shape) in pairs}
+            params["sampling"]["norm"] = {"scale": jnp.ones(D)}
         return params | {"layers": layers}
+
+    @property
+    def _layer(self):
+        return SplitBlock(self.block) if self.partial_alignment else make_block(self.block)
+
+    def _enter(self, params, g, e):
+        """Features and next-token embedding -> the first layer's input."""
+        norm = RMSNorm(self.target.rms_norm_eps)
+        g = norm.apply({"params": params["g_norm"]}, g)
+        e = norm.apply({"params": params["e_norm"]}, e)
+        x = linear(jnp.concatenate([g, e], axis=-1), params["entry"])
+        if self.entry == "sampled":
+            own = params["sampling"]
+            up = linear(norm.apply({"params": own["norm"]}, x), own["up"])
+            x = x + linear(jax.nn.silu(linear(e, own["gate"])) * up, own["down"])
+        return x
 
     def head(self, params, target_params):
         head = jax.lax.stop_gradient(head_VxD(target_params))
@@ -97,39 +151,44 @@ class FastEagle(FeatureDrafter):
         return head if ids is None else head[ids]
 
     def forward_rows(self, params, target_params, taps, tokens, positions, mask, cache):
-        norm = RMSNorm(self.target.rms_norm_eps)
+        hidden, _, cache = self._cascade(
+            params, target_params, taps, tokens, positions, mask, cache
+        )
+        return hidden, cache
+
+    def _cascade(self, params, target_params, taps, tokens, positions, mask, cache):
+        """(hidden per depth for the head, what each layer hands on, cache)."""
         g = self.fuse(params, taps)
         e = jax.lax.stop_gradient(target_params["embed"])[tokens].astype(g.dtype)
         rope = self.rope(positions)
         start_B = None if cache is None else cache.lengths_B
-        hidden, ks, vs, block = [], [], [], make_block(self.block)
-        if self.entry == "fc2h":
-            g = norm.apply({"params": params["g_norm"]}, g)
-            e = norm.apply({"params": params["e_norm"]}, e)
-            x = linear(jnp.concatenate([g, e], axis=-1), params["entry"])
+        hidden, handed, ks, vs, block = [], [], [], [], self._layer
+        x = None if self.entry == "wide_qkv" else self._enter(params, g, e)
         for i, layer in enumerate(params["layers"][: self.depth]):
             kv = None if cache is None else (cache.k[i], cache.v[i])
             with jax.named_scope(f"cascade_{i}"):
-                if i == 0 and self.entry == "wide_qkv":
+                if x is None:
                     middle = MidLayer(self.block)
                     x, kv = middle.apply({"params": layer}, g, e, rope, mask, kv, start_B)
                 else:
                     x, kv = block.apply({"params": layer}, x, rope, mask, kv, start_B)
-            hidden.append(x)
+            read, x = x if self.partial_alignment else (x, x)
+            hidden.append(read)
+            handed.append(x)
             ks.append(kv[0])
             vs.append(kv[1])
         if cache is not None:
             cache = cache.replace(k=tuple(ks), v=tuple(vs))
-        return hidden, cache
+        return hidden, handed, cache
 
     def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
         T = tokens_BxT.shape[1]
         positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BxT.shape)
         mask = jnp.tril(jnp.ones((1, T, T), bool))
-        hidden, _ = self.forward_rows(
+        hidden, handed, _ = self._cascade(
             params, target_params, taps_BxTxM, tokens_BxT, positions, mask, None
         )
-        return hidden
+        return hidden, handed
 
     def draft(self, params, target_params, state: FeatureState, context, key):
         hidden, cache = self.extend(params, target_params, state.cache, state.pending)
@@ -164,6 +223,10 @@ class FastEagle(FeatureDrafter):
             drafted_BxM = _by_row(drawn_BxNxC)
         # The deepest rows have no children; theirs is any law.
         return drafted_BxM, law_BxNxV[:, self.topology.depth_T.clip(max=N - 1)]
+
+
+def _lecun(key, fan_in: int, fan_out: int):
+    return jax.random.normal(key, (fan_in, fan_out)) * fan_in**-0.5
 
 
 def _by_row(tokens_BxNxC):

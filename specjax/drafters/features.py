@@ -202,10 +202,11 @@ class FeatureDrafter(Drafter):
         return readout(self.normed(params, hidden_BxTxD), self.head(params, target_params))
 
     def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
-        """Training forward: a list of `depth` hidden states BxTxD.
+        """Training forward: (hidden, features), lists of `depth` states BxTxD each.
 
         Row t gets features g_t and tokens_BxT[:, t] = x_{t+1}; entry i-1 (layer or step i) drafts
-        x_{t+1+i} and its teacher is the target's distribution at position t+i.
+        x_{t+1+i} and its teacher is the target at position t+i. `hidden` is read out; `features`
+        is what a feature loss aligns (the same states, unless a layer keeps them apart).
         """
         raise NotImplementedError
 

@@ -115,9 +115,10 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU; gate and up come from one Dx2xF matrix."""
+    """SwiGLU; gate and up come from one Dx2xF matrix. With `outputs` > 1 it is outputs * D wide."""
 
     intermediate_size: int
+    outputs: int = 1
 
     @nn.compact
     def __call__(self, x_BxTxD):
@@ -125,7 +126,8 @@ class MLP(nn.Module):
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2))
         hidden = linear(x_BxTxD, self.param("gate_up", init, (D, 2, F)))
         hidden = jax.nn.silu(hidden[..., 0, :]) * hidden[..., 1, :]
-        return linear(hidden, self.param("down", nn.initializers.lecun_normal(), (F, D)))
+        down = self.param("down", nn.initializers.lecun_normal(), (F, self.outputs * D))
+        return linear(hidden, down)
 
 
 class Block(nn.Module):

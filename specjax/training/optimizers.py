@@ -28,6 +28,9 @@ _KERNELS = {
     "mlp/down": ((-2,), (-1,)),
     "fc": ((-2,), (-1,)),  # drafters: feature fusion and cascade entry
     "entry": ((-2,), (-1,)),
+    "sampling/gate": ((-2,), (-1,)),
+    "sampling/up": ((-2,), (-1,)),
+    "sampling/down": ((-2,), (-1,)),
 }
 
 

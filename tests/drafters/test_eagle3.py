@@ -52,7 +52,7 @@ def unrolled(target, definition, params, text):
     @jax.jit
     def run(params, target_params, taps, tokens):
         taps = jnp.broadcast_to(taps, (T + 1, *taps.shape))
-        return jnp.stack(definition.unroll(params, target_params, taps, tokens))
+        return jnp.stack(definition.unroll(params, target_params, taps, tokens)[0])
 
     return jax.device_get(run(params, target.params, taps, variants))
 

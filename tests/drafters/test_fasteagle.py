@@ -10,22 +10,26 @@ import specjax
 from specjax.cache import empty_cache
 from specjax.drafters import FastEagle
 from specjax.drafters.base import Committed, Context
-from specjax.drafters.fasteagle import ENTRIES
 
 N, C, T = 3, 4, 14  # cascade layers, candidates, rows of the teacher-forced pass
 WORDS = np.array([0, 2, 3, 5, 6, 8, 9, 11])  # draft vocabulary
+VARIANTS = {
+    "fc2h": dict(entry="fc2h"),
+    "wide_qkv": dict(entry="wide_qkv"),
+    "fspad": dict(entry="sampled", partial_alignment=True),
+}
 
 
 class Case:
-    """One entry variant with its teacher-forced pass over one text.
+    """One variant with its teacher-forced pass over one text.
 
     `hidden` and `logits` are depth x variant x row x ...: variant 0 is the text itself, variant
     1 + t the text with another token in row t.
     """
 
-    def __init__(self, entry):
+    def __init__(self, name):
         self.target = toy_target()
-        config = dict(num_layers=N, candidates=C, entry=entry, draft_vocab_size=len(WORDS))
+        config = dict(num_layers=N, candidates=C, draft_vocab_size=len(WORDS)) | VARIANTS[name]
         trained = specjax.init_drafter("fasteagle", self.target, seed=2, vocab_ids=WORDS, **config)
         self.definition, self.params = trained.definition, trained.params
         rng = np.random.default_rng(0)
@@ -39,7 +43,7 @@ class Case:
         @jax.jit
         def full_pass(params, target_params, taps, tokens):
             taps = jnp.broadcast_to(taps, (T + 1, *taps.shape))
-            hidden = self.definition.unroll(params, target_params, taps, tokens)
+            hidden, _ = self.definition.unroll(params, target_params, taps, tokens)
             logits = [self.definition.logits(params, target_params, h) for h in hidden]
             return jnp.stack(hidden), jnp.stack(logits)
 
@@ -47,7 +51,7 @@ class Case:
         self.hidden, self.logits = jax.device_get(out)
 
 
-@pytest.fixture(scope="module", params=ENTRIES)
+@pytest.fixture(scope="module", params=VARIANTS)
 def case(request):
     return Case(request.param)
 
@@ -119,7 +123,7 @@ def gradients(case):
     def jacobian(weights, target_params, taps):
         def scalars(weights, target_params, taps):
             params = weights | {"buffers": case.params["buffers"]}
-            hidden = case.definition.unroll(params, target_params, taps[None], case.variants[:1])
+            hidden, _ = case.definition.unroll(params, target_params, taps[None], case.variants[:1])
             logits = [case.definition.logits(params, target_params, h) for h in hidden]
             return jnp.stack([-jax.nn.log_softmax(x[0, row])[2] for x in logits])
 
