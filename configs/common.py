@@ -21,6 +21,25 @@ def optimizer(learning_rate: float = 5e-5, warmup_steps: int = 100) -> ConfigDic
     return cfg
 
 
+def loss() -> ConfigDict:
+    """The plain objective: cross-entropy against the target's distribution at every depth."""
+    cfg = ConfigDict()
+    cfg.ce = 1.0  # weight of the divergence from the target's distribution
+    cfg.divergence = "cross_entropy"  # that, or one of `distillation.divergences`
+    cfg.divergence_options = ConfigDict()
+    cfg.temperature = 1.0  # of both sides of the divergence
+    cfg.hard = 0.0  # weight of the cross-entropy of the text's own next token
+    cfg.feature = 0.0  # weight of Smooth-L1 against the target's LM-head input
+    cfg.decay = 0.8  # weight of depth i is decay^(i-1)
+    cfg.chunk = 0  # rows of full-vocabulary logits held at once, 0 = all
+    cfg.gate = "everything"  # which positions count: one of `distillation.gates`
+    cfg.gate_options = ConfigDict()
+    cfg.reference_steps = 0  # of the reference drafter that gate "adaspec" compares with
+    cfg.deepkd = False  # three streams with a momentum each, in place of ce and hard
+    cfg.deepkd_options = ConfigDict()
+    return cfg
+
+
 def drafter(name: str, init: dict, tree: dict, budgets: tuple = ()) -> ConfigDict:
     """One contender.
 
@@ -56,7 +75,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.data.prompts = "stdlib-train"  # prompt set whose continuations are the training data
     config.data.data_dir = ""  # folder of local prompt sets
     config.data.regenerate = True  # False: train on the given text as it stands
-    config.data.count = 256  # sequences
+    config.data.count = 320  # sequences
     config.data.max_prompt_tokens = 96  # the last ones are kept
     config.data.max_new_tokens = 128
     config.data.temperature = 0.0
@@ -65,14 +84,10 @@ def base(name: str, preset: str) -> ConfigDict:
     config.data.supervise_prompt = True
 
     config.train = ConfigDict()
-    config.train.steps = 150
+    config.train.steps = 225
     config.train.batch_size = 4
     config.train.optimizer = optimizer()
-    config.train.loss = ConfigDict()
-    config.train.loss.ce = 1.0  # cross-entropy against the target's distribution
-    config.train.loss.feature = 0.0  # Smooth-L1 against the target's LM-head input
-    config.train.loss.decay = 0.8  # weight of depth i is decay^(i-1)
-    config.train.loss.chunk = 0  # rows of full-vocabulary logits held at once, 0 = all
+    config.train.loss = loss()
     config.train.log_every = 20
     config.train.checkpoint_every = 75
     config.train.tau_every = 75
@@ -86,7 +101,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.eval.top_k = 0
     config.eval.top_p = 1.0
     config.eval.prompts = 32  # of each task, 0 = all
-    config.eval.max_new_tokens = 64
+    config.eval.max_new_tokens = 96
     config.eval.max_prompt_tokens = 192
     config.eval.repeats = 1
     config.eval.batch = 1

@@ -1,8 +1,4 @@
-"""Layer-wise supervision of a drafter: label-aligned weights and per-depth divergences.
-
-Index convention, everywhere: row t holds (features g_t, embedding of x_{t+1}); depth i = 1..N
-drafts x_{t+1+i}; its teacher is the target's distribution at position t+i.
-"""
+"""Pieces of layer-wise supervision: label-aligned weights, plain losses, chunks of rows."""
 
 from collections.abc import Callable
 
@@ -39,6 +35,14 @@ def cross_entropy(teacher_probs, student_logits):
     return jax.nn.logsumexp(student_logits, axis=-1) - chosen
 
 
+def hard_cross_entropy(labels, student_logits):
+    """-log q(label) in nats; 0 where there is no label (-1)."""
+    nats = optax.softmax_cross_entropy_with_integer_labels(
+        student_logits.astype(jnp.float32), jnp.maximum(labels, 0)
+    )
+    return jnp.where(labels >= 0, nats, 0.0)
+
+
 def smooth_l1(student, teacher):
     """Mean over the last axis of the Huber loss with threshold 1."""
     teacher = jax.lax.stop_gradient(teacher)
@@ -50,8 +54,8 @@ def depth_weights(depths: int, decay: float):
     return decay ** jnp.arange(depths, dtype=jnp.float32)
 
 
-def chunked(rows_fn: Callable, length: int, chunk: int):
-    """Sums `rows_fn(start, size)` over the rows 0..length in chunks.
+def by_chunks(rows_fn: Callable, length: int, chunk: int):
+    """`rows_fn(start, size)` over the rows 0..length, joined along axis 1.
 
     Without chunks (0) the rows are one piece and nothing is recomputed. With them, each chunk is
     rematerialised in the backward pass, so that full-vocabulary logits exist for `chunk` rows only.
@@ -64,10 +68,6 @@ def chunked(rows_fn: Callable, length: int, chunk: int):
     if length % chunk:
         raise ValueError(f"loss.chunk: {chunk} does not divide {length} rows")
     body = jax.checkpoint(lambda start: rows_fn(start, chunk))
-
-    def step(total, start):
-        return jax.tree.map(jnp.add, total, body(start)), None
-
-    starts = jnp.arange(0, length, chunk)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(body, starts[0]))
-    return jax.lax.scan(step, zero, starts)[0]
+    pieces = jax.lax.map(body, jnp.arange(0, length, chunk))
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], length, *x.shape[3:])  # noqa: E731
+    return jax.tree.map(join, pieces)

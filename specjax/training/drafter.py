@@ -8,15 +8,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from specjax import decoding
+from specjax.distillation.deepkd import stream_gradients
 from specjax.generation import TrainedDrafter, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.training import sharding
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.loop import fit
 from specjax.training.metrics import MetricsLog
-from specjax.training.objective import drafter_loss
+from specjax.training.objective import drafter_loss, make_objective
 from specjax.training.optimizers import make_optimizer
-from specjax.training.state import create, make_step
+from specjax.training.state import create, make_step, one_gradient
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +69,7 @@ def train_drafter(
     metrics: MetricsLog,
     label: str,
     mesh,
+    seed: int = 0,
 ) -> tuple[TrainedDrafter, TrainingCost]:
     """Trains (or resumes) and returns the drafter with what it cost.
 
@@ -79,20 +81,29 @@ def train_drafter(
       folder: the run folder.
       label: name in metrics and checkpoints.
       mesh: parameters and batches are sharded over it.
+      seed: of gates that sample.
     """
     definition = drafter.definition
-    trainable = {k: v for k, v in drafter.params.items() if k != "buffers"}
-    buffers = drafter.params.get("buffers", {})
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps)
-    state = create(trainable, optimizer)
-    state = jax.device_put(state, sharding.shardings(mesh, state))
+    trainable, buffers = split_buffers(drafter.params)
+    objective = make_objective(cfg.loss, cfg.steps)
+    optimizer = make_optimizer(cfg.optimizer, cfg.steps, objective.deepkd)
     frozen = {
         "target": jax.device_put(target.params, sharding.shardings(mesh, target.params)),
         "buffers": jax.device_put(buffers, sharding.replicated(mesh)),
     }
+    cost = TrainingCost(0, 0.0)
+    if objective.gate.name == "adaspec":
+        reference, cost = train_drafter(
+            target, drafter, reference_config(cfg), batch_fn, tree, probe, folder, metrics,
+            f"{label}-reference", mesh, seed,
+        )  # fmt: skip
+        frozen["reference"] = split_buffers(reference.params)[0]
+    state = create(trainable, optimizer)
+    state = jax.device_put(state, sharding.shardings(mesh, state))
 
     def loss_fn(params, frozen, batch, step):
-        return drafter_loss(definition, cfg.loss, params, frozen, batch)
+        key = jax.random.fold_in(jax.random.key(seed), step)
+        return drafter_loss(definition, objective, params, frozen, batch, step, key)
 
     def place(step):
         return jax.device_put(batch_fn(step), sharding.batch_sharding(mesh))
@@ -109,13 +120,29 @@ def train_drafter(
     rows = batch_fn(0)["tokens"]
     tokens_per_step = int(rows.shape[0] * rows.shape[1])
     checkpoints = Checkpoints(folder / "checkpoints" / label.replace("/", "-"))
+    step = make_step(loss_fn, optimizer, stream_gradients if objective.deepkd else one_gradient)
     started = time.perf_counter()
     state = fit(
-        f"train/{label}", state, frozen, make_step(loss_fn, optimizer), place, cfg.steps,
+        f"train/{label}", state, frozen, step, place, cfg.steps,
         checkpoints=checkpoints, checkpoint_every=cfg.checkpoint_every, metrics=metrics,
         log_every=cfg.log_every, evaluate=evaluate if cfg.tau_every else None,
         evaluate_every=cfg.tau_every, tokens_per_step=tokens_per_step,
     )  # fmt: skip
     checkpoints.close()
-    cost = TrainingCost(cfg.steps * tokens_per_step, time.perf_counter() - started)
-    return with_params(state.params), cost
+    tokens, seconds = cfg.steps * tokens_per_step, time.perf_counter() - started
+    return with_params(state.params), TrainingCost(cost.tokens + tokens, cost.seconds + seconds)
+
+
+def split_buffers(params) -> tuple[dict, dict]:
+    """(what is trained, constants) of a drafter's parameters."""
+    return {k: v for k, v in params.items() if k != "buffers"}, params.get("buffers", {})
+
+
+def reference_config(cfg: ConfigDict) -> ConfigDict:
+    """The plain training of the reference drafter that AdaSPEC's gate compares with."""
+    cfg = cfg.copy_and_resolve_references()
+    steps = cfg.loss.reference_steps or cfg.steps
+    with cfg.unlocked():
+        cfg.steps, cfg.tau_every = steps, 0
+        cfg.loss.gate, cfg.loss.gate_options = "everything", ConfigDict()
+    return cfg

@@ -1,83 +1,217 @@
-"""The drafter's training loss: target forward on the fly, supervision at every depth."""
+"""The drafter's training loss: target forward on the fly, supervision at every depth.
+
+Index convention, everywhere: row t holds (features g_t, embedding of x_{t+1}); depth i = 1..N
+drafts x_{t+1+i}; its teacher is the target's distribution at position t+i.
+
+Every (row, depth) gets numbers of its own, a divergence above all; a gate turns what it has seen of
+all of them into weights; the loss is the weighted sum over the count of supervised positions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from specjax.distillation import losses
+from specjax.distillation.deepkd import DeepKD, stream_losses
+from specjax.distillation.divergences import get_divergence
+from specjax.distillation.gates import Gate, get_gate
 from specjax.drafters.features import FeatureDrafter
 from specjax.models import transformer
 from specjax.models.linear import readout
 from specjax.sampling import argmax
 
-NEGATIVE = jnp.finfo(jnp.float32).min
+PLAIN = "cross_entropy"
+"""Forward KL plus the teacher's entropy: the same gradient for one softmax less a depth."""
 
 
-def drafter_loss(definition: FeatureDrafter, cfg: ConfigDict, params, frozen, batch):
-    """Mean loss of one batch.
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What training minimises; static, built once by `make_objective`.
+
+    Attributes:
+      divergence: (teacher_logits, student_logits) -> nats a position; None: `PLAIN`.
+      gate: weighs positions.
+      deepkd: if given, three losses in place of the divergence, each with a gradient of its own.
+      ce, hard, feature: weights of the divergence, of the hard cross-entropy of the text's own
+        token, and of Smooth-L1 against the target's LM-head input.
+      decay: depth i weighs decay^(i-1).
+      chunk: rows of full-vocabulary logits held at once, 0 = all.
+    """
+
+    divergence: Callable | None
+    gate: Gate
+    deepkd: DeepKD | None
+    ce: float
+    hard: float
+    feature: float
+    decay: float
+    chunk: int
+
+    @property
+    def streams(self) -> int:
+        """Losses with a gradient of their own."""
+        return 3 if self.deepkd else 1
+
+
+def make_objective(cfg: ConfigDict, steps: int) -> Objective:
+    """Builds what `config.train.loss` describes, for a run of `steps` steps.
+
+    Raises:
+      ValueError: an unknown divergence or gate, or a parameter out of range (names the field).
+    """
+    divergence = None
+    if cfg.divergence != PLAIN or cfg.temperature != 1.0:
+        name = "forward_kl" if cfg.divergence == PLAIN else cfg.divergence
+        divergence = functools.partial(
+            get_divergence(name, **cfg.divergence_options.to_dict()), temperature=cfg.temperature
+        )
+    deepkd = DeepKD(**({"steps": steps} | cfg.deepkd_options.to_dict())) if cfg.deepkd else None
+    gate = get_gate(cfg.gate, **cfg.gate_options.to_dict())
+    return Objective(divergence, gate, deepkd, cfg.ce, cfg.hard, cfg.feature, cfg.decay, cfg.chunk)
+
+
+def drafter_loss(
+    definition: FeatureDrafter, objective: Objective, params, frozen, batch, step=0, key=None
+):
+    """Loss of one batch.
 
     Args:
       definition: the drafter; its `unroll` gives N hidden states per row.
-      cfg: ce (weight of the cross-entropy against the target's distribution), feature (weight of
-        Smooth-L1 against the target's LM-head input), decay (per-depth weight decay^(i-1)), chunk.
       params: trainable parameters.
-      frozen: {"target": its parameters, "buffers": the drafter's constants}; no gradient.
-      batch: {"tokens": BxT int32, "supervised": BxT bool, tokens whose prediction is trained}.
+      frozen: {"target": its parameters, "buffers": the drafter's constants, "reference": trained
+        parameters of a reference drafter, where the gate compares with one}; no gradient.
+      batch: {"tokens": BxT int32, "supervised": BxT bool, tokens whose prediction is trained;
+        "recorded": BxTxN bool, where the gate asks for it}.
+      step: steps done, traced; for schedules.
+      key: for gates that sample.
 
     Returns:
-      (loss, metrics): per-depth cross-entropy `ce_i` and top-1 agreement with the target `agree_i`.
+      (loss, metrics); with `objective.streams` > 1 the losses as a vector. Metrics are per depth:
+      cross-entropy or divergence `ce_i`, top-1 agreement with the target `agree_i`, and the mean
+      weight `kept_i` if a gate is on.
     """
     tokens_BxT, config = batch["tokens"], definition.target
     target = frozen["target"]
+    key = jax.random.key(0) if key is None else key
     out = transformer.forward(target, config, tokens_BxT, taps=definition.taps)
     teacher_BxTxD = jax.lax.stop_gradient(out.hidden_BxTxD)
     taps = jax.lax.stop_gradient(out.taps_BxTxM)
-    params = params | ({"buffers": frozen["buffers"]} if frozen["buffers"] else {})
-    hidden = definition.unroll(params, target, taps, losses.shift(tokens_BxT, 1))
+    buffers = {"buffers": frozen["buffers"]} if frozen["buffers"] else {}
+    params = params | buffers
+    following = losses.shift(tokens_BxT, 1)
+    hidden, features = definition.unroll(params, target, taps, following)
     N, T = len(hidden), tokens_BxT.shape[1]
-    weight_BxTxN = losses.label_weights(batch["supervised"], N)
+    labelled_BxTxN = losses.label_weights(batch["supervised"], N)
     vocab_ids = definition.vocab_ids(params)
     head_WxD = definition.head(params, target)
-    normed = [definition.normed(params, h) for h in hidden]
+    read = [definition.normed(params, h) for h in hidden]
+    aligned = [definition.normed(params, f) for f in features] if objective.feature else read
+    reference = None
+    if "reference" in frozen:
+        other = jax.lax.stop_gradient(frozen["reference"]) | buffers
+        states, _ = definition.unroll(other, target, taps, following)
+        reference = [definition.normed(other, h) for h in states]
+        reference_head_WxD = definition.head(other, target)
     # Teacher rows run N past the student's; the padding is masked out by the weights.
     teacher_rows = jnp.pad(teacher_BxTxD, ((0, 0), (0, N), (0, 0)))
+    token_rows = jnp.pad(tokens_BxT, ((0, 0), (0, N + 1)))
+    if vocab_ids is not None:
+        places_V = jnp.full(config.vocab_size, -1).at[vocab_ids].set(jnp.arange(vocab_ids.size))
 
     def rows(start, size):
+        """What each position of `size` rows contributes, a dict of BxCxN[xS]."""
         cut = lambda x, n: jax.lax.dynamic_slice_in_dim(x, start, n, axis=1)  # noqa: E731
-        features = cut(teacher_rows, size + N)
-        teacher_logits = transformer.logits_of(target, features)
+        inputs = cut(teacher_rows, size + N)
+        teacher_logits = transformer.logits_of(target, inputs)
         teacher_best = argmax(teacher_logits)
+        tokens = cut(token_rows, size + N + 1)
         covered = jnp.ones_like(teacher_best, bool)
         if vocab_ids is not None:
             # Renormalised inside the draft vocabulary; rows whose best token is outside are out.
-            places_V = jnp.full(config.vocab_size, -1).at[vocab_ids].set(jnp.arange(vocab_ids.size))
-            teacher_best = places_V[teacher_best]
+            teacher_best, tokens = places_V[teacher_best], places_V[tokens]
             covered = teacher_best >= 0
             teacher_logits = teacher_logits[..., vocab_ids]
-        teacher = jax.nn.softmax(teacher_logits)  # once; every depth reads a shifted slice of it
-        sums = []
+        teacher_probs = jax.nn.softmax(teacher_logits)  # once; every depth reads a shifted slice
+        depths = []
         for i in range(1, N + 1):
-            weight = cut(weight_BxTxN, size)[..., i - 1]
-            total = jnp.sum(weight)
-            student = readout(cut(normed[i - 1], size), head_WxD)
-            weight = weight * covered[:, i : i + size]
+            labelled = cut(labelled_BxTxN, size)[..., i - 1] > 0
+            state = {"step": step, "key": jax.random.fold_in(jax.random.fold_in(key, start), i)}
+            if reference is not None:
+                state["reference"] = readout(cut(reference[i - 1], size), reference_head_WxD)
+            if "recorded" in batch:
+                state["recorded"] = cut(batch["recorded"], size)[..., i - 1]
+            seen = {
+                "teacher": teacher_logits[:, i : i + size],
+                "probs": teacher_probs[:, i : i + size],
+                "student": readout(cut(read[i - 1], size), head_WxD),
+                "labels": jnp.where(labelled, tokens[:, 1 + i : 1 + i + size], -1),
+            }
+            values, divergence = _values(objective, seen, step)
+            gap = jnp.zeros(labelled.shape)
+            if objective.feature:
+                gap = losses.smooth_l1(cut(aligned[i - 1], size), inputs[:, i : i + size])
             # Agreement without an argmax: is the teacher's best token the student's maximum?
             best = teacher_best[:, i : i + size, None]
-            chosen = jnp.take_along_axis(student, best, axis=-1)[..., 0]
-            agree = jnp.sum(weight * (chosen >= jnp.max(student, axis=-1)))
-            ce = losses.cross_entropy(teacher[:, i : i + size], student)
-            ce = jnp.sum(jnp.where(weight > 0, weight * ce, 0.0))
-            feature = jnp.zeros(())
-            if cfg.feature:
-                gap = losses.smooth_l1(cut(normed[i - 1], size), features[:, i : i + size])
-                feature = jnp.sum(weight * gap)
-            sums.append(jnp.stack([ce, feature, agree, total, jnp.sum(weight)]))
-        return jnp.stack(sums)
+            chosen = jnp.take_along_axis(seen["student"], best, axis=-1)[..., 0]
+            depths.append(
+                {
+                    "values": values,
+                    "divergence": divergence,
+                    "feature": gap,
+                    "covered": covered[:, i : i + size],
+                    "agree": chosen >= jnp.max(seen["student"], axis=-1),
+                    "seen": objective.gate.observe(
+                        seen["teacher"], seen["student"], seen["labels"], state
+                    ),
+                }
+            )
+        return jax.tree.map(lambda *x: jnp.stack(x, axis=2), *depths)
 
     with jax.named_scope("loss"):
-        ce, feature, agree, total, trained = losses.chunked(rows, T, cfg.chunk).T
-        per_depth = (cfg.ce * ce + cfg.feature * feature) / jnp.maximum(trained, 1.0)
-        loss = jnp.sum(losses.depth_weights(N, cfg.decay) * per_depth)
-        rate = agree / jnp.maximum(total, 1.0)
-    metrics = {f"ce_{i + 1}": ce[i] / jnp.maximum(trained[i], 1.0) for i in range(N)}
-    return loss, metrics | {f"agree_{i + 1}": rate[i] for i in range(N)}
+        each = losses.by_chunks(rows, T, objective.chunk)
+        labelled = labelled_BxTxN > 0
+        valid = labelled & each["covered"]
+        state = {"step": step, "key": key} | {k: batch[k] for k in ("recorded",) if k in batch}
+        weight_BxTxN = objective.gate.weigh(each["seen"], valid, state)
+        count_N = jnp.maximum(jnp.sum(valid, axis=(0, 1)), 1)
+
+        def mean(x, weight):  # over valid positions, per depth
+            weight = jnp.reshape(weight, weight.shape + (1,) * (x.ndim - 3))
+            total = jnp.sum(jnp.where(weight > 0, weight * x, 0.0), axis=(0, 1))
+            return total / count_N.reshape((-1,) + (1,) * (x.ndim - 3))
+
+        decay_N = losses.depth_weights(N, objective.decay)
+        loss_S = decay_N @ mean(each["values"], weight_BxTxN)
+        if objective.feature:  # never gated: it keeps the states themselves in place
+            gap_N = mean(each["feature"], valid.astype(jnp.float32))
+            loss_S = loss_S.at[0].add(objective.feature * (decay_N @ gap_N))
+        ce_N = mean(each["divergence"], valid.astype(jnp.float32))
+        agree_N = jnp.sum(valid & each["agree"], axis=(0, 1)) / jnp.maximum(
+            jnp.sum(labelled, axis=(0, 1)), 1
+        )
+        kept_N = jnp.sum(weight_BxTxN, axis=(0, 1)) / count_N
+    metrics = {f"ce_{i + 1}": ce_N[i] for i in range(N)}
+    metrics |= {f"agree_{i + 1}": agree_N[i] for i in range(N)}
+    if objective.gate.name != "everything":
+        metrics |= {f"kept_{i + 1}": kept_N[i] for i in range(N)}
+    return (loss_S if objective.streams > 1 else loss_S[0]), metrics
+
+
+def _values(objective: Objective, seen: dict, step):
+    """(losses by stream BxCxS, the divergence that is logged BxC) of one depth's rows."""
+    teacher, student, labels = seen["teacher"], seen["student"], seen["labels"]
+    if objective.deepkd:
+        values = stream_losses(teacher, student, labels, objective.deepkd, step)
+        return values, losses.cross_entropy(seen["probs"], student)
+    if objective.divergence is None:
+        divergence = losses.cross_entropy(seen["probs"], student)
+    else:
+        divergence = objective.divergence(teacher, student)
+    value = objective.ce * divergence
+    if objective.hard:
+        value = value + objective.hard * losses.hard_cross_entropy(labels, student)
+    return value[..., None], divergence

@@ -4,6 +4,12 @@ import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
+from specjax.distillation.deepkd import (
+    DeepKD,
+    clip_streams_by_global_norm,
+    deepkd_trace,
+    scale_by_deepkd_adam,
+)
 from specjax.training.sharding import path_of
 
 
@@ -48,19 +54,27 @@ def _muon_dimensions(params):
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
+def make_optimizer(cfg, steps: int, deepkd: DeepKD | None = None) -> optax.GradientTransformation:
     """Builds the optimiser that `cfg` describes.
 
     Args:
       cfg: name ("adamw" or "muon"), learning_rate, warmup_steps, final_lr_ratio, b1, b2,
         weight_decay, clip_norm; Muon reads muon_learning_rate for the layers' kernels.
       steps: length of the schedule.
+      deepkd: if given, gradients come in its three streams, and the optimiser's own momentum gives
+        way to one for each stream (AdamW: one first moment each and a shared second one).
 
     Raises:
       ValueError: unknown name.
     """
     rate = schedule(cfg, steps)
-    if cfg.name == "adamw":
+    if cfg.name == "adamw" and deepkd:
+        core = optax.chain(
+            scale_by_deepkd_adam(b1=cfg.b1, b2=cfg.b2, deltas=deepkd.deltas),
+            optax.add_decayed_weights(cfg.weight_decay),
+            optax.scale_by_learning_rate(rate),
+        )
+    elif cfg.name == "adamw":
         core = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay)
     elif cfg.name == "muon":
         ratio = cfg.muon_learning_rate / cfg.learning_rate
@@ -71,7 +85,11 @@ def make_optimizer(cfg, steps: int) -> optax.GradientTransformation:
             adam_b2=cfg.b2,
             adam_learning_rate=rate,
             muon_weight_dimension_numbers=_muon_dimensions,
+            **(dict(beta=0.0, nesterov=False, adam_b1=0.0) if deepkd else {}),
         )
+        if deepkd:
+            core = optax.chain(deepkd_trace(deepkd.mu, *deepkd.deltas, normalised=True), core)
     else:
         raise ValueError(f"optimizer.name: {cfg.name!r} is unknown; one of 'adamw', 'muon'")
-    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), core)
+    clip = clip_streams_by_global_norm if deepkd else optax.clip_by_global_norm
+    return optax.chain(clip(cfg.clip_norm), core)

@@ -23,7 +23,17 @@ def create(params, optimizer: optax.GradientTransformation) -> TrainState:
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
-def make_step(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Callable:
+def one_gradient(loss_fn: Callable, params):
+    """(loss, gradient, metrics) of a scalar loss."""
+    (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    return loss, grads, metrics
+
+
+def make_step(
+    loss_fn: Callable,
+    optimizer: optax.GradientTransformation,
+    differentiate: Callable = one_gradient,
+) -> Callable:
     """Jits one optimisation step, the state donated.
 
     Args:
@@ -31,17 +41,20 @@ def make_step(loss_fn: Callable, optimizer: optax.GradientTransformation) -> Cal
         what the loss needs but does not train (the target), passed through so that it is an
         argument of the compiled step and not a constant inside it.
       optimizer: an optax transformation.
+      differentiate: (params -> (loss, metrics), params) -> (losses, what the optimiser takes for a
+        gradient, metrics); losses are added up for the log.
 
     Returns:
       (state, frozen, batch) -> (state, metrics); metrics always hold `loss` and `grad_norm`.
     """
 
     def step(state: TrainState, frozen, batch):
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, metrics), grads = grad_fn(state.params, frozen, batch, state.step)
+        loss, grads, metrics = differentiate(
+            lambda params: loss_fn(params, frozen, batch, state.step), state.params
+        )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = metrics | {"loss": jnp.sum(loss), "grad_norm": optax.global_norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

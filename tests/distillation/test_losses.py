@@ -51,8 +51,9 @@ def test_chunks_change_nothing():
     x = jax.random.normal(jax.random.key(2), (2, 12, 3))
 
     def total(x, chunk):
-        rows = lambda s, n: jnp.sum(jax.lax.dynamic_slice_in_dim(x, s, n, 1) ** 3, (0, 1))  # noqa: E731
-        return losses.chunked(rows, 12, chunk).sum()
+        cubes = lambda s, n: {"cube": jax.lax.dynamic_slice_in_dim(x, s, n, 1) ** 3}  # noqa: E731
+        rows = losses.by_chunks(cubes, 12, chunk)["cube"]
+        return jnp.sum(rows * jnp.arange(12)[:, None])  # in order
 
     whole = jax.value_and_grad(total)(x, 0)
     for chunk in (1, 3, 4, 12, 100):
@@ -62,4 +63,11 @@ def test_chunks_change_nothing():
 
 def test_a_chunk_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="loss.chunk: 5 does not divide 12"):
-        losses.chunked(lambda s, n: s, 12, 5)
+        losses.by_chunks(lambda s, n: s, 12, 5)
+
+
+def test_hard_cross_entropy_is_the_one_of_a_one_hot_teacher():
+    student = jax.random.normal(jax.random.key(3), (5, 11))
+    labels = jnp.asarray([0, 10, -1, 4, 4])
+    expected = losses.cross_entropy(jax.nn.one_hot(labels, 11), student) * (labels >= 0)
+    np.testing.assert_allclose(losses.hard_cross_entropy(labels, student), expected, rtol=1e-6)

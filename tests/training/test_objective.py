@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
+from toys import random_target
 
+from configs.common import loss as plain_loss
 from specjax.generation import init_drafter
 from specjax.models import transformer
-from specjax.training.objective import drafter_loss
+from specjax.training.objective import drafter_loss, make_objective
 
 DRAFTERS = {
     "fasteagle": ("fasteagle", dict(num_layers=3)),
@@ -17,8 +18,11 @@ DRAFTERS = {
 }
 
 
-def config(**changes):
-    return ConfigDict(dict(ce=1.0, feature=0.0, decay=0.8, chunk=0) | changes)
+def objective(**changes):
+    cfg = plain_loss()
+    for name, value in changes.items():
+        cfg[name] = value
+    return make_objective(cfg, 10)
 
 
 def setup(target, name):
@@ -26,19 +30,24 @@ def setup(target, name):
     size = fields.get("draft_vocab_size", 0)
     ids = np.random.default_rng(0).permutation(61)[:size] if size else None
     drafter = init_drafter(family, target, vocab_ids=ids, **fields)
+    return drafter, *inputs_of(drafter, target)
+
+
+def inputs_of(drafter, target):
+    """(parameters, frozen, batch) of random rows."""
     params = {k: v for k, v in drafter.params.items() if k != "buffers"}
     frozen = {"target": target.params, "buffers": drafter.params.get("buffers", {})}
     rng = np.random.default_rng(1)
     tokens = rng.integers(0, 61, (2, 12)).astype(np.int32)
     supervised = rng.random((2, 12)) < 0.7
-    return drafter, params, frozen, {"tokens": tokens, "supervised": supervised}
+    return params, frozen, {"tokens": tokens, "supervised": supervised}
 
 
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_loss_equals_a_loop_over_rows_and_depths(target, name):
     drafter, params, frozen, batch = setup(target, name)
     definition, tokens = drafter.definition, batch["tokens"]
-    loss, metrics = drafter_loss(definition, config(feature=0.3), params, frozen, batch)
+    loss, metrics = drafter_loss(definition, objective(feature=0.3), params, frozen, batch)
 
     out = transformer.forward(target.params, target.config, tokens, taps=definition.taps)
     teacher = np.asarray(transformer.logits_of(target.params, out.hidden_BxTxD), np.float64)
@@ -78,11 +87,11 @@ def test_chunking_and_remat_change_neither_loss_nor_gradient(target):
 
     @jax.jit
     def whole(p):
-        return drafter_loss(drafter.definition, config(), p, frozen, batch)[0]
+        return drafter_loss(drafter.definition, objective(), p, frozen, batch)[0]
 
     @jax.jit
     def chunked(p):
-        return drafter_loss(drafter.definition, config(chunk=4), p, frozen, batch)[0]
+        return drafter_loss(drafter.definition, objective(chunk=4), p, frozen, batch)[0]
 
     a, b = jax.value_and_grad(whole)(params), jax.value_and_grad(chunked)(params)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), a, b)
@@ -93,9 +102,88 @@ def test_no_gradient_reaches_the_target(target):
 
     def loss(target_params):
         inputs = frozen | {"target": target_params}
-        return drafter_loss(drafter.definition, config(feature=1.0), params, inputs, batch)[0]
+        return drafter_loss(drafter.definition, objective(feature=1.0), params, inputs, batch)[0]
 
     grads = jax.jit(jax.grad(loss))(target.params)
     # The readout head of a frozen-head drafter is stopped too; EAGLE-3's own head is not here.
     used = [g for g in jax.tree.leaves(grads) if jnp.any(g != 0)]
     assert not used
+
+
+# ---- gates, divergences and streams in place -----------------------------------------------------
+
+SMALL = dict(num_layers=2, feature_layers=(0,))
+REDUCTIONS = {
+    "forward_kl": (dict(divergence="forward_kl"), 40),
+    "speckd": (dict(gate="speckd", gate_options=dict(beta=1.0)), 40),
+    "adaspec": (dict(gate="adaspec", gate_options=dict(fraction=1.0)), 40),
+    "recorded": (dict(gate="recorded"), 40),
+    # Positions whose label is outside the draft vocabulary have no streams: the whole one here.
+    "deepkd": (dict(deepkd=True, deepkd_options=dict(ce_weight=0.0)), 0),
+}
+
+
+@pytest.fixture(scope="module")
+def small():
+    return random_target(num_layers=1, hidden_size=16, num_heads=1, num_kv_heads=1)
+
+
+def gradients(target, changes, batch_changes=(), size=40):
+    """(gradient of the summed losses, metrics) under an objective."""
+    ids = np.random.default_rng(0).permutation(61)[:size] if size else None
+    drafter = init_drafter("fasteagle", target, vocab_ids=ids, draft_vocab_size=size, **SMALL)
+    params, frozen, batch = inputs_of(drafter, target)
+    batch = batch | dict(batch_changes)
+    frozen = frozen | {"reference": jax.tree.map(lambda w: 0.9 * w, params)}
+
+    @jax.jit
+    def run(params):
+        def loss(p):
+            value, metrics = drafter_loss(
+                drafter.definition, objective(**changes), p, frozen, batch, 3, jax.random.key(0)
+            )
+            return jnp.sum(value), metrics
+
+        return jax.grad(loss, has_aux=True)(params)
+
+    return run(params)
+
+
+def assert_close(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), a, b)
+
+
+@pytest.fixture(scope="module")
+def plain(small):
+    return {size: gradients(small, {}, size=size)[0] for size in (0, 40)}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_every_objective_reduces_to_the_plain_one(small, plain, name):
+    changes, size = REDUCTIONS[name]
+    everything = {"recorded": np.ones((2, 12, 2), bool)}
+    assert_close(gradients(small, changes, everything, size)[0], plain[size])
+
+
+def test_a_gate_ranks_all_rows_whatever_the_chunks(small, plain):
+    gate = dict(gate="adaspec", gate_options=dict(fraction=0.3, normalise=False))
+    whole, metrics = gradients(small, gate)
+    assert_close(whole, gradients(small, gate | dict(chunk=3))[0])
+    assert 0.2 < metrics["kept_1"] < 0.5 and 0.2 < metrics["kept_2"] < 0.5
+    pairs = zip(*map(jax.tree.leaves, (whole, plain[40])), strict=True)
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in pairs)
+
+
+def test_a_gate_that_keeps_nothing_leaves_zero(small):
+    nothing = {"recorded": np.zeros((2, 12, 2), bool)}
+    grads, metrics = gradients(small, dict(gate="recorded"), nothing)
+    assert all(not np.any(g) for g in jax.tree.leaves(grads))
+    assert np.isfinite(metrics["ce_1"]) and metrics["kept_1"] == 0
+
+
+def test_hard_labels_are_deepkd_s_first_stream(small):
+    """Both are next-token training on the text's own covered tokens."""
+    options = dict(mode="dkd", ce_weight=1.0, alpha=0.0, beta=0.0)
+    hard, _ = gradients(small, dict(ce=0.0, hard=1.0))
+    assert_close(hard, gradients(small, dict(deepkd=True, deepkd_options=options))[0])
+    assert max(np.abs(g).max() for g in jax.tree.leaves(hard)) > 1e-3
