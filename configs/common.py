@@ -40,7 +40,9 @@ def loss() -> ConfigDict:
     return cfg
 
 
-def drafter(name: str, init: dict, tree: dict, budgets: tuple = ()) -> ConfigDict:
+def drafter(
+    name: str, init: dict, tree: dict, budgets: tuple = (), train: dict | None = None
+) -> ConfigDict:
     """One contender.
 
     Args:
@@ -48,12 +50,14 @@ def drafter(name: str, init: dict, tree: dict, budgets: tuple = ()) -> ConfigDic
       init: its fields (geometry, trained depth).
       tree: the fields that shape its tree at the shared node budget.
       budgets: trees that calibration may choose from instead.
+      train: what it changes of `config.train`.
     """
     cfg = ConfigDict()
     cfg.drafter = name
     cfg.init = ConfigDict(init)
     cfg.tree = ConfigDict(tree)
     cfg.budgets = tuple(dict(b) for b in budgets)
+    cfg.train = ConfigDict(train or {})
     return cfg
 
 

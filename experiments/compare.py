@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+import pathlib
 import platform
 import time
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from specjax.data.prompts import load_prompts
@@ -14,6 +16,7 @@ from specjax.data.regenerate import Rows, pad_rows, regenerate
 from specjax.evaluation.benchmark import (
     Method,
     Protocol,
+    Shapes,
     benchmark,
     prompt_ids,
     shaded_pieces,
@@ -79,18 +82,69 @@ def frequent_tokens(rows, size: int) -> np.ndarray:
     return np.sort(np.argsort(-counts, kind="stable")[:size])
 
 
-def init_all(config, target, rows) -> dict:
-    """Name -> untrained drafter, announced with its size."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Bench:
+    """What all drafters of one run share."""
+
+    config: ConfigDict
+    folder: pathlib.Path
+    target: Target
+    mesh: Mesh
+    metrics: MetricsLog
+    train_prompts: list[list[int]]
+    train_rows: dict[str, np.ndarray]
+    tasks: dict[str, list]  # task -> prompts
+    shapes: dict[str, Shapes]
+
+
+def prepare(config: ConfigDict, folder) -> Bench:
+    """Loads the target, makes the training data and reads the prompts."""
+    mesh = sharding.make_mesh(config.mesh)
+    sharded = mesh.size > 1
+    target = load_target(
+        config.target.name,
+        config.target.dtype,
+        mesh if sharded else None,
+        config.target.scan_layers,
+    )
+    prompts = training_prompts(config, target)
+    rows = training_rows(config, target, prompts, folder)
+    tasks = {
+        task: load_prompts(
+            task, limit=config.eval.prompts or None, data_dir=config.data.data_dir or None
+        )
+        for task in config.eval.tasks
+    }
+    variants = [
+        Method(name, drafter.with_budget(**budget))
+        for name, drafter in init_all(config, target, rows, config.seed).items()
+        for budget in budgets_of(config.drafters[name])
+    ]
+    shapes = {
+        task: shared_shapes(target, variants, prompts, protocol(config, task, 0.0))
+        for task, prompts in tasks.items()
+    }
+    metrics = MetricsLog(folder / "metrics.jsonl")
+    return Bench(config, folder, target, mesh, metrics, prompts, rows, tasks, shapes)
+
+
+def probe_of(bench: Bench, prompts: list[list[int]], max_new_tokens: int) -> TauProbe:
+    """Measures tau with the programs that the benchmark runs on its first task."""
+    shapes = next(iter(bench.shapes.values()))
+    return TauProbe(prompts, max_new_tokens, shapes.slots, shapes.length)
+
+
+# ---- train ---------------------------------------------------------------------------------------
+
+
+def init_all(config, target, rows, seed: int) -> dict:
+    """Name -> untrained drafter."""
     drafters = {}
     for name, cfg in config.drafters.items():
         init = cfg.init.to_dict()
         size = init.get("draft_vocab_size", 0)
         ids = frequent_tokens(rows, size) if size else None
-        drafters[name] = init_drafter(cfg.drafter, target, config.seed, vocab_ids=ids, **init)
-        say(
-            f"{name}: {drafters[name].num_params / 1e6:.2f}M parameters, "
-            f"target {target.num_params / 1e6:.2f}M"
-        )
+        drafters[name] = init_drafter(cfg.drafter, target, seed, vocab_ids=ids, **init)
     return drafters
 
 
@@ -99,28 +153,53 @@ def budgets_of(cfg: ConfigDict) -> list[dict]:
     return [cfg.tree.to_dict(), *(dict(b) for b in cfg.budgets)]
 
 
-def train_all(config, target, drafters, rows, probe, folder, metrics, mesh) -> list[Method]:
-    """Trains (or resumes) each drafter, saves it and returns it at the shared tree."""
-    methods = []
-    for name, drafter in drafters.items():
-        tree = config.drafters[name].tree.to_dict()
-        stream = Rows(rows, config.train.batch_size, config.seed)
-        drafter, cost = train_drafter(
-            target, drafter, config.train, stream.batch, tree, probe, folder, metrics, name, mesh
+def train_config(config: ConfigDict, name: str) -> ConfigDict:
+    """`config.train` with what this drafter's own `train` changes."""
+    cfg = config.train.copy_and_resolve_references()
+    with cfg.unlocked():
+        cfg.update(config.drafters[name].train)
+    return cfg
+
+
+def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Method]:
+    """Trains (or resumes) each drafter, saves it and returns it at the shared tree.
+
+    Args:
+      seed: of initial weights, order of data, and gates that sample.
+      names: of the drafters to train, None = all.
+      within: folder, inside the run's, of checkpoints and drafters of this seed.
+    """
+    config, target, methods = bench.config, bench.target, []
+    task, prompts = next(iter(bench.tasks.items()))
+    settings = protocol(config, task, 0.0)
+    ids = [prompt_ids(target, p, [], settings) for p in prompts[: config.train.tau_prompts]]
+    probe = probe_of(bench, ids, config.train.tau_new_tokens)
+    for name, drafter in init_all(config, target, bench.train_rows, seed).items():
+        if names is not None and name not in names:
+            continue
+        say(
+            f"{name}: {drafter.num_params / 1e6:.2f}M parameters, "
+            f"target {target.num_params / 1e6:.2f}M"
         )
+        cfg, tree = train_config(config, name), config.drafters[name].tree.to_dict()
+        stream = Rows(bench.train_rows, cfg.batch_size, seed)
+        drafter, cost = train_drafter(
+            target, drafter, cfg, stream.batch, tree, probe, bench.folder, bench.metrics,
+            "/".join(filter(None, (name, within))), bench.mesh, seed,
+        )  # fmt: skip
         drafter = drafter.with_budget(**tree)
-        drafter.save(folder / "drafters" / name)
+        drafter.save(bench.folder / "drafters" / within / name)
         methods.append(Method(name, drafter, cost, config.eval.rule or None))
     return methods
 
 
-def calibrated(config, target, methods, probe) -> tuple[list[Method], list[str]]:
+def calibrated(bench: Bench, methods) -> tuple[list[Method], list[str]]:
     """Each method again, at the tree that calibration found fastest, and what was measured."""
-    best, notes = [], []
+    cfg, best, notes = bench.config.calibrate, [], []
+    probe = probe_of(bench, bench.train_prompts[: cfg.prompts], cfg.max_new_tokens)
     for method in methods:
-        trials = calibrate(
-            target, method.drafter, budgets_of(config.drafters[method.name]), probe, method.name
-        )
+        budgets = budgets_of(bench.config.drafters[method.name])
+        trials = calibrate(bench.target, method.drafter, budgets, probe, method.name)
         lines = [
             f"{t.budget} -> {t.nodes} rows, tau {t.tau:.2f}, {t.round_ms:.2f} ms" for t in trials
         ]
@@ -130,6 +209,44 @@ def calibrated(config, target, methods, probe) -> tuple[list[Method], list[str]]
         drafter = method.drafter.with_budget(**trials[0].budget)
         best.append(dataclasses.replace(method, name=f"{method.name}/best", drafter=drafter))
     return best, notes
+
+
+# ---- decode --------------------------------------------------------------------------------------
+
+
+def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list[dict], list[dict]]:
+    """(result rows, one sample answer a method) of every task at every temperature."""
+    config, target, results, samples = bench.config, bench.target, [], {}
+    for task, prompts in bench.tasks.items():
+        for temperature in config.eval.temperatures:
+            settings = dataclasses.replace(protocol(config, task, temperature), seed=seed)
+            runs = benchmark(target, methods, prompts, settings, shapes=bench.shapes[task])
+            vanilla = next(run for run in runs if run.is_vanilla)
+            for run in runs:
+                results.append(
+                    result_row(run, vanilla, vanilla.round_ms, config.eval.bootstrap, seed)
+                )
+                name = answers_name(run.method, temperature)
+                model_id = f"specjax-{name.removesuffix('.jsonl')}"
+                parent = bench.folder / "answers" / (task if len(bench.tasks) > 1 else "") / within
+                write_answers(parent / name, run, model_id)
+                if not run.is_vanilla and temperature == 0:
+                    samples.setdefault(run.method, sample(target, run, prompts))
+    return results, list(samples.values())
+
+
+def sample(target: Target, run, prompts) -> dict:
+    """The first answer of a run, token by token with its draft depth, for the report."""
+    turn = run.turns[0]
+    prompt = next(p for p in prompts if p.question_id == turn.question_id)
+    return {
+        "method": run.method,
+        "prompt": prompt.turns[0][-400:],
+        "pieces": shaded_pieces(target, turn),
+    }
+
+
+# ---- report --------------------------------------------------------------------------------------
 
 
 def versions() -> dict[str, str]:
@@ -156,81 +273,9 @@ def device_name() -> str:
     return f"{jax.device_count()} x {device.device_kind} ({where})"
 
 
-def compare(config: ConfigDict, folder) -> dict:
-    """The whole experiment; returns what results.json holds."""
-    started = time.perf_counter()
-    mesh = sharding.make_mesh(config.mesh)
-    sharded = mesh.size > 1
-    target = load_target(
-        config.target.name,
-        config.target.dtype,
-        mesh if sharded else None,
-        config.target.scan_layers,
-    )
-    metrics = MetricsLog(folder / "metrics.jsonl")
-
-    # ---- data ----
-    prompts = training_prompts(config, target)
-    rows = training_rows(config, target, prompts, folder)
-    tasks = {
-        task: load_prompts(
-            task, limit=config.eval.prompts or None, data_dir=config.data.data_dir or None
-        )
-        for task in config.eval.tasks
-    }
-    drafters = init_all(config, target, rows)
-    variants = [
-        Method(name, drafter.with_budget(**budget))
-        for name, drafter in drafters.items()
-        for budget in budgets_of(config.drafters[name])
-    ]
-    shapes = {
-        task: shared_shapes(target, variants, task_prompts, protocol(config, task, 0.0))
-        for task, task_prompts in tasks.items()
-    }
-    task, task_prompts = next(iter(tasks.items()))
-    probe = TauProbe(
-        [
-            prompt_ids(target, p, [], protocol(config, task, 0.0))
-            for p in task_prompts[: config.train.tau_prompts]
-        ],
-        config.train.tau_new_tokens,
-        shapes[task].slots,
-        shapes[task].length,
-    )
-
-    # ---- train ----
-    methods = train_all(config, target, drafters, rows, probe, folder, metrics, mesh)
-
-    # ---- choose trees ----
-    probe = dataclasses.replace(
-        probe,
-        prompts=prompts[: config.calibrate.prompts],
-        max_new_tokens=config.calibrate.max_new_tokens,
-    )
-    best, notes = calibrated(config, target, methods, probe)
-
-    # ---- decode ----
-    results, samples = [], []
-    for task, task_prompts in tasks.items():
-        for temperature in config.eval.temperatures:
-            runs = benchmark(
-                target, [*methods, *best], task_prompts, protocol(config, task, temperature),
-                shapes=shapes[task],
-            )  # fmt: skip
-            vanilla = next(run for run in runs if run.is_vanilla)
-            for run in runs:
-                results.append(
-                    result_row(run, vanilla, vanilla.round_ms, config.eval.bootstrap, config.seed)
-                )
-                name = answers_name(run.method, temperature)
-                model_id = f"specjax-{name.removesuffix('.jsonl')}"
-                parent = folder / "answers" if len(tasks) == 1 else folder / "answers" / task
-                write_answers(parent / name, run, model_id)
-                if not run.is_vanilla and temperature == 0 and not samples_has(samples, run.method):
-                    samples.append(sample(target, run, task_prompts))
-
-    # ---- report ----
+def write_up(bench: Bench, results, samples, notes, started: float) -> dict:
+    """Writes results.json and report.html, prints the table; returns what results.json holds."""
+    config, target, folder = bench.config, bench.target, bench.folder
     header = {
         "target": {
             "name": target.name,
@@ -245,10 +290,9 @@ def compare(config: ConfigDict, folder) -> dict:
         "seed": config.seed,
         "preset": config.preset,
     }
-    write_results(folder / "results.json", header, results)
-    write_report(
-        folder / "report.html", read_results(folder / "results.json"), metrics.path, samples, notes
-    )
+    path = folder / "results.json"
+    write_results(path, header, results)
+    write_report(folder / "report.html", read_results(path), bench.metrics.path, samples, notes)
     for note in notes:
         say(note)
     print_table(results)
@@ -259,17 +303,11 @@ def compare(config: ConfigDict, folder) -> dict:
     return header | {"rows": results}
 
 
-def samples_has(samples, method: str) -> bool:
-    """Whether a method has its sample already."""
-    return any(s["method"] == method for s in samples)
-
-
-def sample(target: Target, run, prompts) -> dict:
-    """The first answer of a run, token by token with its draft depth, for the report."""
-    turn = run.turns[0]
-    prompt = next(p for p in prompts if p.question_id == turn.question_id)
-    return {
-        "method": run.method,
-        "prompt": prompt.turns[0][-400:],
-        "pieces": shaded_pieces(target, turn),
-    }
+def compare(config: ConfigDict, folder) -> dict:
+    """The whole experiment; returns what results.json holds."""
+    started = time.perf_counter()
+    bench = prepare(config, folder)
+    methods = train_all(bench, config.seed)
+    best, notes = calibrated(bench, methods)
+    results, samples = decode_all(bench, [*methods, *best], config.seed)
+    return write_up(bench, results, samples, notes, started)

@@ -16,6 +16,7 @@ flags.mark_flag_as_required("config")
 EXPERIMENTS = {
     "pretrain": "specjax.training.pretrain:pretrain",
     "compare": "experiments.compare:compare",
+    "distill": "experiments.distillation:distill",
 }
 
 

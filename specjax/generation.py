@@ -1,6 +1,7 @@
 """`generate` and the drafter constructors: convenience over the pure functions below them."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Sequence
@@ -95,6 +96,11 @@ def _definition(name: str, target: ModelConfig, config: dict) -> Drafter:
     return DRAFTERS[name](target, **config)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _init(definition: Drafter, key, target_params):
+    return definition.init(key, target_params)
+
+
 def init_drafter(
     name: str, target: Target, seed: int = 0, vocab_ids=None, **config
 ) -> TrainedDrafter:
@@ -112,7 +118,7 @@ def init_drafter(
       ValueError: unknown name or field, or a value out of range (names the field).
     """
     definition = _definition(name, target.config, config)
-    params = jax.jit(definition.init)(jax.random.key(seed), target.params)
+    params = _init(definition, jax.random.key(seed), target.params)
     if vocab_ids is not None:
         ids = np.sort(np.asarray(vocab_ids, np.int32))
         if ids.shape != (definition.draft_vocab_size,) or len(np.unique(ids)) != len(ids):

@@ -174,10 +174,8 @@ def stream_losses(teacher_logits, student_logits, labels, config: DeepKD, step):
     if config.k_opt is None:
         keep = ~_is_label(y, classes)
     else:
-        phases = config.easy_end, config.hard_start
-        keep = top_k_mask(
-            teacher_logits, y, top_k_schedule(step, config.steps, classes, config.k_opt, *phases)
-        )
+        phases = config.k_opt, config.easy_end, config.hard_start
+        keep = top_k_mask(teacher_logits, y, top_k_schedule(step, config.steps, classes, *phases))
     student = student_logits.astype(jnp.float32)
     tog = -config.ce_weight * jax.nn.log_sigmoid(log_odds(student, y))
 
@@ -227,15 +225,11 @@ def gains(mu: float, deltas) -> dict[str, float]:
 
 
 def _zeros(params):
-    return {s: jax.tree.map(jnp.zeros_like, params) for s in STREAMS}
+    return {s: optax.tree_utils.tree_zeros_like(params) for s in STREAMS}
 
 
 def _total(streams):
     return jax.tree.map(lambda a, b, c: a + b + c, *(streams[s] for s in STREAMS))
-
-
-class StreamTrace(NamedTuple):
-    trace: dict  # {stream: tree like params}
 
 
 def deepkd_trace(
@@ -272,15 +266,9 @@ def deepkd_trace(
             return jax.tree.map(lambda g, v: scale * g + m * v, grads[stream], state.trace[stream])
 
         trace = {s: advance(s) for s in STREAMS}
-        return _total(trace), StreamTrace(trace)
+        return _total(trace), optax.TraceState(trace)
 
-    return optax.GradientTransformation(lambda params: StreamTrace(_zeros(params)), update)
-
-
-class StreamAdam(NamedTuple):
-    count: jax.Array
-    mu: dict  # {stream: first moment, a tree like params}
-    nu: optax.Params  # second moment of the summed gradient
+    return optax.GradientTransformation(lambda params: optax.TraceState(_zeros(params)), update)
 
 
 def scale_by_deepkd_adam(
@@ -298,8 +286,8 @@ def scale_by_deepkd_adam(
     decays = _momenta(b1, deltas)
 
     def init(params):
-        nu = jax.tree.map(jnp.zeros_like, params)
-        return StreamAdam(jnp.zeros((), jnp.int32), _zeros(params), nu)
+        nu = optax.tree_utils.tree_zeros_like(params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), _zeros(params), nu)
 
     def update(grads, state, params=None):
         del params
@@ -310,7 +298,7 @@ def scale_by_deepkd_adam(
         first = _total({s: tree.tree_bias_correction(mu[s], decays[s], count) for s in STREAMS})
         second = tree.tree_bias_correction(nu, b2, count)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), first, second)
-        return updates, StreamAdam(count, mu, nu)
+        return updates, optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 
@@ -331,57 +319,53 @@ def clip_streams_by_global_norm(max_norm: float) -> optax.GradientTransformation
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-# Gradient signal-to-noise ratio: why the paper's deltas have the signs they have. Nothing above
-# reads it.
+# Gradient signal-to-noise ratio: the paper's grounds for the signs of its deltas. Only a probe.
 
 
 class GradientMoments(NamedTuple):
-    """Running moments (Welford) of a gradient: two trees, however many steps are seen."""
+    """Running moments (Welford) of one stream's gradient: two trees, however many are seen."""
 
     count: jax.Array
     mean: optax.Params
-    squares: optax.Params  # sum of squared deviations from the mean
+    squares: optax.Params  # summed squares of the deviations from the mean
 
 
 def gsnr_init(params) -> GradientMoments:
-    """Moments of no gradient. One for each stream that is probed."""
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    """Moments of no gradient."""
+    zeros = optax.tree_utils.tree_zeros_like(params, dtype=jnp.float32)
     return GradientMoments(jnp.zeros((), jnp.int32), zeros, zeros)
 
 
 def gsnr_update(moments: GradientMoments, gradient) -> GradientMoments:
     """The moments with one more gradient."""
     count = moments.count + 1
-    mean = jax.tree.map(lambda m, g: m + (g - m) / count, moments.mean, gradient)
-    squares = jax.tree.map(
-        lambda s, g, old, new: s + (g - old) * (g - new),
-        moments.squares,
-        gradient,
-        moments.mean,
-        mean,
-    )
+    off = jax.tree.map(jnp.subtract, gradient, moments.mean)
+    mean = jax.tree.map(lambda m, d: m + d / count, moments.mean, off)
+    squares = jax.tree.map(lambda s, d: s + d**2 * (1 - 1 / count), moments.squares, off)
     return GradientMoments(count, mean, squares)
 
 
 def gsnr_value(moments: GradientMoments):
-    """mean^2 / variance of each parameter's gradient, averaged over the parameters; a scalar.
+    """mean^2 / variance (unbiased) of each parameter's gradient, averaged over the parameters.
 
-    The variance is the unbiased one. Parameters without any (rows of an embedding that no batch
-    reached) are left out; if that is all of them, as after one gradient, the value is 0.
+    Parameters without variance (embedding rows that no batch reached) are left out; where that is
+    all of them, as after a single gradient, the value is 0.
     """
-    degrees = jnp.maximum(moments.count - 1, 1)
 
     def ratios(mean, squares):
         noisy = squares > 0
-        return jnp.sum(jnp.where(noisy, mean**2 * degrees / jnp.where(noisy, squares, 1.0), 0.0))
+        ratio = mean**2 * (moments.count - 1) / jnp.where(noisy, squares, 1.0)
+        return jnp.stack([jnp.sum(jnp.where(noisy, ratio, 0.0)), jnp.sum(noisy)])
 
-    total = jax.tree.map(ratios, moments.mean, moments.squares)
-    noisy = jax.tree.map(lambda squares: jnp.sum(squares > 0), moments.squares)
-    return optax.tree_utils.tree_sum(total) / jnp.maximum(optax.tree_utils.tree_sum(noisy), 1)
+    ratio, noisy = sum(jax.tree.leaves(jax.tree.map(ratios, moments.mean, moments.squares)))
+    return ratio / jnp.maximum(noisy, 1)
 
 
 def gsnr(gradients_M):
     """`gsnr_value` of M gradients stacked on the first axis of every leaf."""
-    one = jax.tree.map(lambda g: g[0], gradients_M)
-    add = lambda moments, gradient: (gsnr_update(moments, gradient), None)  # noqa: E731
-    return gsnr_value(jax.lax.scan(add, gsnr_init(one), gradients_M)[0])
+
+    def add(moments, gradient):
+        return gsnr_update(moments, gradient), None
+
+    start = gsnr_init(jax.tree.map(lambda g: g[0], gradients_M))
+    return gsnr_value(jax.lax.scan(add, start, gradients_M)[0])

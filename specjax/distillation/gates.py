@@ -184,6 +184,38 @@ class Recorded(Gate):
         return (state["recorded"] & valid_BxTxN).astype(jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Rejected(Gate):
+    """`Recorded` without serving: what greedy decoding of this very text would have rejected.
+
+    Lossless decoding of the target's own greedy text emits that text, so each row can be walked
+    here: a round starts at row t, the depths whose best token is the label are accepted up to the
+    first that is not, which is recorded, and the next round starts past the token that replaced it.
+    """
+
+    name: ClassVar[str] = "rejected"
+
+    def observe(self, teacher_logits, student_logits, labels, state):
+        """1 where the student's best token is the label."""
+        return (argmax(jax.lax.stop_gradient(student_logits)) == labels).astype(jnp.float32)
+
+    def weigh(self, seen_BxTxN, valid_BxTxN, state):
+        T, N = seen_BxTxN.shape[1:]
+        right = jnp.cumprod((seen_BxTxN > 0) & valid_BxTxN, axis=-1)
+        accepted_BxT = jnp.sum(right, axis=-1)
+
+        def visit(start_B, t):
+            here_B = start_B == t
+            taken_B = accepted_BxT[:, t]
+            recorded_BxN = here_B[:, None] & (jnp.arange(N) == taken_B[:, None])
+            # Rows without a label (padding, an unsupervised prompt) are passed one by one.
+            return jnp.where(here_B, t + taken_B + 1, start_B), recorded_BxN
+
+        start_B = jnp.zeros(seen_BxTxN.shape[0], accepted_BxT.dtype)
+        _, recorded_TxBxN = jax.lax.scan(visit, start_B, jnp.arange(T))
+        return (recorded_TxBxN.swapaxes(0, 1) & valid_BxTxN).astype(jnp.float32)
+
+
 def acceptance_rate(seen_BxTxN, valid_BxTxN):
     """rate_N: what `SpecKD.observe` saw, averaged over the valid positions of each depth (TAR).
 
@@ -193,7 +225,9 @@ def acceptance_rate(seen_BxTxN, valid_BxTxN):
     return total_N / jnp.maximum(jnp.sum(valid_BxTxN, axis=(0, 1)), 1)
 
 
-GATES: dict[str, type[Gate]] = {g.name: g for g in (Everything, SpecKD, AdaSpec, Recorded)}
+GATES: dict[str, type[Gate]] = {
+    g.name: g for g in (Everything, SpecKD, AdaSpec, Recorded, Rejected)
+}
 
 
 def get_gate(name: str, **parameters) -> Gate:

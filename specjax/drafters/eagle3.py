@@ -111,6 +111,10 @@ class Eagle3(FeatureDrafter):
     def cache_layers(self) -> int:
         return 1
 
+    @property
+    def unrolled(self) -> int:
+        return self.steps
+
     def init(self, key, target_params):
         keys = jax.random.split(key, 2)
         D = self.target.hidden_size

@@ -93,6 +93,11 @@ class FeatureDrafter(Drafter):
         """Layers that keep keys and values."""
         raise NotImplementedError
 
+    @property
+    def unrolled(self) -> int:
+        """Depths that `unroll` trains."""
+        return self.depth
+
     def forward_rows(self, params, target_params, taps, tokens, positions, mask, cache):
         """Runs rows through the drafter's layers; returns (hidden per depth, cache)."""
         raise NotImplementedError

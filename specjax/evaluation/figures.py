@@ -131,6 +131,28 @@ def draw_rounds(rows: Sequence[dict]) -> str:
     return _svg(paint, 1.3 + 0.34 * len(parts), "where a round's time goes")
 
 
+def draw_differences(summary: Sequence[dict]) -> str:
+    """tau less the plain objective's with its interval over seeds, a line per objective.
+
+    `summary` holds {"method", "difference", "ci95"}; the first entry is the plain one.
+    """
+    others = sorted(summary[1:], key=lambda entry: entry["difference"])
+
+    def paint(axes):
+        axes.axvline(0, color=INK, linewidth=1, linestyle="--", alpha=0.6)
+        for y, entry in enumerate(others):
+            clear = entry["ci95"][0] > 0 or entry["ci95"][1] < 0
+            colour = PALETTE[1] if clear else GREY
+            axes.plot(entry["ci95"], [y, y], color=colour, linewidth=2)
+            axes.plot(entry["difference"], y, "o", color=colour)
+        axes.set_yticks(range(len(others)), [_short(e["method"]) for e in others])
+        axes.set_ylim(-0.5, len(others) - 0.5)
+        axes.set_xlabel("tau less plain's, tokens per round")
+        _grid(axes, "x")
+
+    return _svg(paint, 1.0 + 0.3 * len(others), "tau of each objective less the plain one's")
+
+
 def draw_curves(curves: Mapping[str, Curve], y_label: str, colours: Mapping[str, str]) -> str:
     """One line per training stage over its steps; `curves` maps a stage to (steps, values)."""
 

@@ -1,6 +1,8 @@
 """Trains one drafter for one target, with decode-time tau on the way."""
 
 import dataclasses
+import functools
+import json
 import time
 
 import jax
@@ -15,17 +17,18 @@ from specjax.training import sharding
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.loop import fit
 from specjax.training.metrics import MetricsLog
-from specjax.training.objective import drafter_loss, make_objective
+from specjax.training.objective import Objective, drafter_loss, make_objective
 from specjax.training.optimizers import make_optimizer
 from specjax.training.state import create, make_step, one_gradient
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCost:
-    """What a drafter's training took."""
+    """What a drafter's training took, a reference drafter's included."""
 
     tokens: int
     seconds: float
+    step_flops: float = 0.0  # of one step, by XLA's count of the traced program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,8 +89,9 @@ def train_drafter(
     definition = drafter.definition
     trainable, buffers = split_buffers(drafter.params)
     objective = make_objective(cfg.loss, cfg.steps)
-    optimizer = make_optimizer(cfg.optimizer, cfg.steps, objective.deepkd)
+    step, optimizer = compiled_step(definition, objective, cfg.optimizer.to_json(), cfg.steps)
     frozen = {
+        "key": jax.random.key(seed),
         "target": jax.device_put(target.params, sharding.shardings(mesh, target.params)),
         "buffers": jax.device_put(buffers, sharding.replicated(mesh)),
     }
@@ -100,10 +104,6 @@ def train_drafter(
         frozen["reference"] = split_buffers(reference.params)[0]
     state = create(trainable, optimizer)
     state = jax.device_put(state, sharding.shardings(mesh, state))
-
-    def loss_fn(params, frozen, batch, step):
-        key = jax.random.fold_in(jax.random.key(seed), step)
-        return drafter_loss(definition, objective, params, frozen, batch, step, key)
 
     def place(step):
         return jax.device_put(batch_fn(step), sharding.batch_sharding(mesh))
@@ -120,7 +120,7 @@ def train_drafter(
     rows = batch_fn(0)["tokens"]
     tokens_per_step = int(rows.shape[0] * rows.shape[1])
     checkpoints = Checkpoints(folder / "checkpoints" / label.replace("/", "-"))
-    step = make_step(loss_fn, optimizer, stream_gradients if objective.deepkd else one_gradient)
+    flops = (step.lower(state, frozen, place(0)).cost_analysis() or {}).get("flops", 0.0)
     started = time.perf_counter()
     state = fit(
         f"train/{label}", state, frozen, step, place, cfg.steps,
@@ -130,7 +130,22 @@ def train_drafter(
     )  # fmt: skip
     checkpoints.close()
     tokens, seconds = cfg.steps * tokens_per_step, time.perf_counter() - started
-    return with_params(state.params), TrainingCost(cost.tokens + tokens, cost.seconds + seconds)
+    cost = TrainingCost(cost.tokens + tokens, cost.seconds + seconds, flops)
+    return with_params(state.params), cost
+
+
+@functools.lru_cache(maxsize=32)
+def compiled_step(definition, objective: Objective, optimizer_json: str, steps: int):
+    """(jitted step, optimiser): one compilation for all seeds of one recipe."""
+    cfg = ConfigDict(json.loads(optimizer_json))
+    optimizer = make_optimizer(cfg, steps, objective.deepkd)
+
+    def loss_fn(params, frozen, batch, step):
+        key = jax.random.fold_in(frozen["key"], step)
+        return drafter_loss(definition, objective, params, frozen, batch, step, key)
+
+    differentiate = stream_gradients if objective.deepkd else one_gradient
+    return make_step(loss_fn, optimizer, differentiate), optimizer
 
 
 def split_buffers(params) -> tuple[dict, dict]:

@@ -8,8 +8,6 @@ all of them into weights; the loss is the weighted sum over the count of supervi
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +28,11 @@ PLAIN = "cross_entropy"
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What training minimises; static, built once by `make_objective`.
+    """What training minimises; static: equal objectives share their compiled steps.
 
     Attributes:
-      divergence: (teacher_logits, student_logits) -> nats a position; None: `PLAIN`.
+      divergence: `PLAIN` or a name in `distillation.divergences`.
+      divergence_options: its parameters, temperature among them, as (name, value) pairs.
       gate: weighs positions.
       deepkd: if given, three losses in place of the divergence, each with a gradient of its own.
       ce, hard, feature: weights of the divergence, of the hard cross-entropy of the text's own
@@ -42,7 +41,8 @@ class Objective:
       chunk: rows of full-vocabulary logits held at once, 0 = all.
     """
 
-    divergence: Callable | None
+    divergence: str
+    divergence_options: tuple[tuple[str, float], ...]
     gate: Gate
     deepkd: DeepKD | None
     ce: float
@@ -63,15 +63,18 @@ def make_objective(cfg: ConfigDict, steps: int) -> Objective:
     Raises:
       ValueError: an unknown divergence or gate, or a parameter out of range (names the field).
     """
-    divergence = None
-    if cfg.divergence != PLAIN or cfg.temperature != 1.0:
-        name = "forward_kl" if cfg.divergence == PLAIN else cfg.divergence
-        divergence = functools.partial(
-            get_divergence(name, **cfg.divergence_options.to_dict()), temperature=cfg.temperature
-        )
+    name, options = cfg.divergence, cfg.divergence_options.to_dict()
+    if name == PLAIN and cfg.temperature != 1.0:
+        name = "forward_kl"
+    if name != PLAIN:
+        options |= {"temperature": cfg.temperature}
+        get_divergence(name, **options)  # refused here, not at the first step
     deepkd = DeepKD(**({"steps": steps} | cfg.deepkd_options.to_dict())) if cfg.deepkd else None
     gate = get_gate(cfg.gate, **cfg.gate_options.to_dict())
-    return Objective(divergence, gate, deepkd, cfg.ce, cfg.hard, cfg.feature, cfg.decay, cfg.chunk)
+    return Objective(
+        name, tuple(sorted(options.items())), gate, deepkd,
+        cfg.ce, cfg.hard, cfg.feature, cfg.decay, cfg.chunk,
+    )  # fmt: skip
 
 
 def drafter_loss(
@@ -207,10 +210,11 @@ def _values(objective: Objective, seen: dict, step):
     if objective.deepkd:
         values = stream_losses(teacher, student, labels, objective.deepkd, step)
         return values, losses.cross_entropy(seen["probs"], student)
-    if objective.divergence is None:
+    if objective.divergence == PLAIN:
         divergence = losses.cross_entropy(seen["probs"], student)
     else:
-        divergence = objective.divergence(teacher, student)
+        distance = get_divergence(objective.divergence, **dict(objective.divergence_options))
+        divergence = distance(teacher, student)
     value = objective.ce * divergence
     if objective.hard:
         value = value + objective.hard * losses.hard_cross_entropy(labels, student)

@@ -81,11 +81,11 @@ def make_optimizer(cfg, steps: int, deepkd: DeepKD | None = None) -> optax.Gradi
         core = muon(
             lambda count: ratio * rate(count),
             weight_decay=cfg.weight_decay,
-            adam_b1=cfg.b1,
+            adam_b1=0.0 if deepkd else cfg.b1,
             adam_b2=cfg.b2,
             adam_learning_rate=rate,
             muon_weight_dimension_numbers=_muon_dimensions,
-            **(dict(beta=0.0, nesterov=False, adam_b1=0.0) if deepkd else {}),
+            **(dict(beta=0.0, nesterov=False) if deepkd else {}),
         )
         if deepkd:
             core = optax.chain(deepkd_trace(deepkd.mu, *deepkd.deltas, normalised=True), core)

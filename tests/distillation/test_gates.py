@@ -23,7 +23,7 @@ EVERY_GATE = {
     "everything": Everything(),
     "greedy": SpecKD(k=2, warmup_steps=5),
     "sampled": SpecKD(k=2, beta=0.0, accept="sampled", prefix=True),
-    "expected": SpecKD(k=2, accept="expected", prefix=True),
+    "expected": SpecKD(k=2, accept="expected"),
     "adaspec": AdaSpec(),
     "recorded": Recorded(),
 }
@@ -47,7 +47,7 @@ def batch(seed):
 
 
 def compiled(f):
-    """f(gate, *arrays), jitted, with NumPy results."""
+    """f(gate, *arrays), jitted (unoptimised: it runs once or twice), with NumPy results."""
     f = jax.jit(f, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
     return lambda *args: jax.tree.map(np.asarray, f(*args))
 
@@ -102,7 +102,7 @@ def test_weights_are_float32_and_zero_exactly_where_nothing_is_to_learn(gate):
 
 
 @ALL
-def test_no_gradient_passes_the_gate(gate):
+def test_no_gradient_passes_either_step(gate):
     teacher, student, labels, state = batch(1)
 
     @compiled
@@ -110,8 +110,9 @@ def test_no_gradient_passes_the_gate(gate):
     def gradients(gate, logits, scale):
         teacher, student, reference = logits
         now = state | {"reference": reference}
-        seen = scale * gate.observe(teacher, student, labels, now)
-        return jnp.sum(gate.weigh(seen, labels >= 0, now))
+        seen = gate.observe(teacher, student, labels, now)
+        weight = gate.weigh(scale * seen, labels >= 0, now)
+        return jnp.sum(seen) + jnp.sum(weight)
 
     grads = gradients(gate, (teacher, student, state["reference"]), 1.0)
     assert not any(np.any(g) for g in jax.tree.leaves(grads))
@@ -140,44 +141,40 @@ def test_finite_and_zero_when_nothing_is_selected(gate):
 
 
 @ALL
-@pytest.mark.parametrize("axis", [0, 1])
-def test_padding_changes_nothing(gate, axis):
+def test_padding_changes_nothing(gate):
     teacher, student, labels, state = batch(4)
     weight = weights(gate, teacher, student, labels, state)
     for junk in (100.0, np.nan):
 
         def pad(x, value, best=None):
-            x = np.pad(x, [(0, 3 * (a == axis)) for a in range(x.ndim)], constant_values=value)
+            """Two sequences and three rows more; in them, one token stands out."""
+            x = np.pad(x, [(0, 2), (0, 3)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
             if best is not None:
                 x[B:, ..., best] = x[:, T:, ..., best] = junk  # noqa: B023
             return x
 
         # The student far from the teacher and the reference on it: a huge excess.
+        now = state | {"recorded": pad(state["recorded"], True)}
+        now["reference"] = pad(state["reference"], 0, best=0)
         padded = weights(
-            gate,
-            pad(teacher, 0, best=0),
-            pad(student, 0, best=1),
-            pad(labels, -1),
-            state | {"reference": pad(state["reference"], 0, 0), "recorded": pad(state["recorded"], 1)},
+            gate, pad(teacher, 0, best=0), pad(student, 0, best=1), pad(labels, -1), now
         )
         np.testing.assert_array_equal(padded[:B, :T], weight)
         assert not np.any(padded[B:]) and not np.any(padded[:, T:])
 
 
 @ALL
-def test_observing_chunks_and_depths_is_observing_the_whole(gate):
+def test_observing_chunks_of_one_depth_is_observing_the_whole(gate):
     teacher, student, labels, state = batch(5)
     whole = observe(gate, teacher, student, labels, state)
     assert whole.dtype == jnp.float32 and whole.shape == (B, T, N)
 
-    def part(*index):
-        there = state | {"reference": state["reference"][index]}
-        return observe(gate, teacher[index], student[index], labels[index], there)
-
-    rows = [part(slice(None), slice(t, t + 3)) for t in range(0, T, 3)]
-    np.testing.assert_allclose(np.concatenate(rows, axis=1), whole, atol=1e-6)
-    depths = [part(slice(None), slice(None), i) for i in range(N)]
-    np.testing.assert_allclose(np.stack(depths, axis=-1), whole, atol=1e-6)
+    for i in range(N):
+        for t in range(0, T, 3):
+            cut = np.s_[:, t : t + 3, i]
+            there = state | {"reference": state["reference"][cut]}
+            part = observe(gate, teacher[cut], student[cut], labels[cut], there)
+            np.testing.assert_allclose(part, whole[cut], atol=1e-6)
 
 
 @ALL
@@ -210,12 +207,15 @@ def test_reductions_to_plain_distillation(accept):
     plain = labels >= 0
     same = SpecKD(beta=1.0, accept=accept)
     np.testing.assert_array_equal(weights(same, teacher, student, labels, state), plain)
-    for k, prefix in ((1, False), (5, True)):
-        agreeing = SpecKD(k=k, beta=0.0, accept=accept, prefix=prefix)
-        np.testing.assert_array_equal(weights(agreeing, teacher, teacher, labels, state), plain)
-    for k in (V, V + 3) if accept == "greedy" else ():
-        whole = SpecKD(k=k, beta=0.0)
-        np.testing.assert_array_equal(weights(whole, teacher, student, labels, state), plain)
+    agreeing = SpecKD(beta=0.0, accept=accept, prefix=True)
+    np.testing.assert_array_equal(weights(agreeing, teacher, teacher, labels, state), plain)
+
+
+@pytest.mark.parametrize("k", [V, V + 3])
+def test_a_top_k_of_the_whole_vocabulary_is_plain_distillation(k):
+    teacher, student, labels, state = batch(10)
+    gate = SpecKD(k=k, beta=0.0)
+    np.testing.assert_array_equal(weights(gate, teacher, student, labels, state), labels >= 0)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])
@@ -234,37 +234,41 @@ def test_greedy_accepts_the_argmax_inside_the_top_k_ties_in(k):
 @pytest.mark.parametrize("accept", ["greedy", "expected"])
 def test_the_acceptance_rate_grows_with_k_at_every_depth(accept):
     teacher, student, labels, state = batch(12)
-    valid, rates = labels >= 0, []
-    for k in (1, 2, 3, 5, V):
-        seen = observe(SpecKD(k=k, accept=accept), teacher, student, labels, state)
-        rates.append(acceptance_rate(jnp.where(valid, seen, jnp.nan), valid))
+    valid = labels >= 0
+
+    @compiled
+    def rate(gate, valid):
+        seen = gate.observe(teacher, student, labels, state)
+        return seen, acceptance_rate(jnp.where(valid, seen, jnp.nan), valid)
+
+    rates = []
+    for k in (1, 2, 5, V):
+        seen, rate_N = rate(SpecKD(k=k, accept=accept), valid)
         by_hand = [seen[..., i][valid[..., i]].mean() for i in range(N)]
-        np.testing.assert_allclose(rates[-1], by_hand, rtol=1e-5)
+        np.testing.assert_allclose(rate_N, by_hand, rtol=1e-5)
+        rates.append(rate_N)
     assert np.all(np.diff(rates, axis=0) >= -1e-6)
     assert np.all(rates[0] < rates[-1]) and np.all(rates[-1] <= 1)
-    assert not np.any(acceptance_rate(jnp.asarray(seen), jnp.zeros_like(valid)))
+    assert not np.any(rate(SpecKD(k=V, accept=accept), np.zeros_like(valid))[1])
 
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_one_coin_has_the_law_of_k_draws(k):
     samples, rng = 20_000, np.random.default_rng(13)
-    teacher, student = 1.5 * rng.normal(size=(2, V))
+    teacher, student = 1.5 * rng.normal(size=(2, V)).astype(np.float32)
     p, q = probs(teacher), probs(student)
     closed = 1 - tvd(teacher, student) ** k
     draws = rng.choice(V, size=(samples, k), p=q)
     passed = rng.random((samples, k)) < np.minimum(1, p[draws] / q[draws])
     rows = (2, samples // 4, 2)
-    logits = (np.broadcast_to(x.astype(np.float32), (*rows, V)) for x in (teacher, student))
+    args = [np.broadcast_to(x, (*rows, V)) for x in (teacher, student)] + [np.zeros(rows, int)]
     gate = SpecKD(k=k, beta=0.25, accept="sampled")
-    one, other = (jax.random.key(i) for i in (0, 1))
-    logits = tuple(logits)
-    weight = weights(gate, *logits, np.zeros(rows, int), {"key": one})
+    weight, again = (weights(gate, *args, {"key": jax.random.key(i)}) for i in (0, 1))
     assert set(np.unique(weight)) == {0.25, 1.0}
     error = 4.5 * np.sqrt(closed * (1 - closed) / samples)
     assert abs(passed.any(-1).mean() - closed) < error
     assert abs((weight == 1).mean() - closed) < error
     # Independent between sequences, rows, depths and keys.
-    again = weights(gate, *logits, np.zeros(rows, int), {"key": other})
     hits = (weight == 1) - closed
     for pair in (
         (hits[0], hits[1]),
@@ -343,7 +347,7 @@ def test_the_number_kept(percent):
         assert [kept_at[n] for n in (5, 9, 11, 40)] == [2, 4, 5, 16]
 
 
-@pytest.mark.parametrize("fraction", [0.1, 0.4, 0.73])
+@pytest.mark.parametrize("fraction", [0.4, 0.73])
 def test_ties_are_all_kept(fraction):
     teacher, student, labels, state = batch(41)
     state["reference"], gate = student, AdaSpec(fraction, normalise=False)
@@ -369,8 +373,8 @@ def test_a_constant_excess_changes_nothing():
 
 def test_normalised_weights_divide_by_the_fraction():
     teacher, student, labels, state = batch(44)
-    paper, code = (weights(AdaSpec(0.25, n), teacher, student, labels, state) for n in (True, False))
-    np.testing.assert_array_equal(paper, 4 * code)
+    paper, code = (weights(AdaSpec(0.4, n), teacher, student, labels, state) for n in (True, False))
+    np.testing.assert_array_equal(paper, np.float32(1 / 0.4) * code)
     assert set(np.unique(code)) == {0, 1}
 
 
