@@ -21,6 +21,9 @@ OBJECTIVES = (
 )  # fmt: skip
 """Modules of configs.distill; each maps row names to (what it changes of init, of train)."""
 
+SMOKE = ("plain", "adaspec", "deepkd", "fspad")
+"""One row of each mechanism: a gate with a reference, streams, another architecture."""
+
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
@@ -45,6 +48,8 @@ def get_config(preset: str = "") -> ConfigDict:
     config.train.tau_every = 0
     config.train.checkpoint_every = 0
     if preset == "smoke":
+        for row in set(config.drafters) - {f"fasteagle/{row}" for row in SMOKE}:
+            del config.drafters[row]
         config.seeds, config.confirm_seeds = (0, 1), (10, 11)
         config.train.steps = 4
     else:

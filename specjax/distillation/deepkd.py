@@ -50,6 +50,7 @@ class DeepKD:
       steps: length of the run, which the mask's schedule needs.
       easy_end, hard_start: the ends of that schedule's first two phases, as fractions of the run.
         The paper's are not known; thirds are ours.
+      probe: measure each stream's signal-to-noise ratio over the run (twice the streams' memory).
 
     Raises:
       ValueError: a field is out of range.
@@ -67,6 +68,7 @@ class DeepKD:
     steps: int = 0
     easy_end: float = 1 / 3
     hard_start: float = 2 / 3
+    probe: bool = False
 
     def __post_init__(self):
         if self.mode not in ("kd", "dkd"):
@@ -369,3 +371,26 @@ def gsnr(gradients_M):
 
     start = gsnr_init(jax.tree.map(lambda g: g[0], gradients_M))
     return gsnr_value(jax.lax.scan(add, start, gradients_M)[0])
+
+
+class ProbeState(NamedTuple):
+    moments: dict  # {stream: GradientMoments}
+
+
+def probe_gsnr() -> optax.GradientTransformation:
+    """Passes the three streams on and keeps their moments: the first link of a chain."""
+
+    def update(grads, state, params=None):
+        del params
+        return grads, ProbeState({s: gsnr_update(state.moments[s], grads[s]) for s in STREAMS})
+
+    return optax.GradientTransformation(
+        lambda params: ProbeState({s: gsnr_init(params) for s in STREAMS}), update
+    )
+
+
+def probed_gsnr(opt_state) -> dict[str, float]:
+    """{"gsnr_tog": ..., ...} over all steps so far; {} where the state holds no probe."""
+    is_probe = lambda node: isinstance(node, ProbeState)  # noqa: E731
+    probes = [n for n in jax.tree.leaves(opt_state, is_leaf=is_probe) if is_probe(n)]
+    return {f"gsnr_{s}": float(gsnr_value(m)) for p in probes for s, m in p.moments.items()}

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from specjax.evaluation.timing import time_fused
+from specjax.evaluation.timing import time_in_turns
 from specjax.generation import TrainedDrafter, make_engine
 from specjax.models.target import Target
 from specjax.training.drafter import TauProbe
@@ -33,14 +33,17 @@ def calibrate(
     label: str,
 ) -> list[Trial]:
     """Measures every budget (fields of the drafter that change its tree), fastest first."""
-    trials = []
+    variants = [drafter.with_budget(**budget) for budget in budgets]
+    contenders, taus = [], []
     with progress(f"calibrate {label}", len(budgets)) as advance:
-        for budget in budgets:
-            variant = drafter.with_budget(**budget)
+        for variant in variants:
             engine, params = make_engine(target, variant)
-            tau = probe(target, variant)
-            round_ms = time_fused(engine, params, probe.start(engine, params, 0), repeats=15)
-            definition = variant.definition
-            trials.append(Trial(budget, definition.nodes, definition.depth, tau, round_ms))
-            advance(note=f"tau {tau:.2f}, {round_ms:.2f} ms")
+            taus.append(probe(target, variant))
+            contenders.append((engine, params, probe.start(engine, params, 0)))
+            advance(note=f"tau {taus[-1]:.2f}")
+    times = time_in_turns(contenders, repeats=15)
+    trials = [
+        Trial(budget, variant.definition.nodes, variant.definition.depth, tau, round_ms)
+        for budget, variant, tau, round_ms in zip(budgets, variants, taus, times, strict=True)
+    ]
     return sorted(trials, key=lambda t: -t.speed)

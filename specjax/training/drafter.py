@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from specjax import decoding
-from specjax.distillation.deepkd import stream_gradients
+from specjax.distillation.deepkd import probed_gsnr, stream_gradients
 from specjax.generation import TrainedDrafter, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.training import sharding
@@ -129,6 +129,8 @@ def train_drafter(
         evaluate_every=cfg.tau_every, tokens_per_step=tokens_per_step,
     )  # fmt: skip
     checkpoints.close()
+    if ratios := probed_gsnr(state.opt_state):
+        metrics.write(f"train/{label}", cfg.steps, **ratios)
     tokens, seconds = cfg.steps * tokens_per_step, time.perf_counter() - started
     cost = TrainingCost(cost.tokens + tokens, cost.seconds + seconds, flops)
     return with_params(state.params), cost

@@ -8,6 +8,7 @@ from specjax.distillation.deepkd import (
     DeepKD,
     clip_streams_by_global_norm,
     deepkd_trace,
+    probe_gsnr,
     scale_by_deepkd_adam,
 )
 from specjax.training.sharding import path_of
@@ -91,5 +92,7 @@ def make_optimizer(cfg, steps: int, deepkd: DeepKD | None = None) -> optax.Gradi
             core = optax.chain(deepkd_trace(deepkd.mu, *deepkd.deltas, normalised=True), core)
     else:
         raise ValueError(f"optimizer.name: {cfg.name!r} is unknown; one of 'adamw', 'muon'")
-    clip = clip_streams_by_global_norm if deepkd else optax.clip_by_global_norm
-    return optax.chain(clip(cfg.clip_norm), core)
+    if deepkd:
+        links = [probe_gsnr()] if deepkd.probe else []
+        return optax.chain(*links, clip_streams_by_global_norm(cfg.clip_norm), core)
+    return optax.chain(optax.clip_by_global_norm(cfg.clip_norm), core)

@@ -535,3 +535,16 @@ def test_bad_optimisers_are_refused():
         deepkd.deepkd_trace(compat="pytorch")
     with pytest.raises(ValueError, match="deltas: .* 0.95"):
         deepkd.scale_by_deepkd_adam(b1=0.95)
+
+
+def test_the_probe_sees_every_stream_and_changes_nothing():
+    streams = [{s: _tree(10 * i + j) for j, s in enumerate(deepkd.STREAMS)} for i in range(4)]
+    plain, probed = deepkd.deepkd_trace(), optax.chain(deepkd.probe_gsnr(), deepkd.deepkd_trace())
+    a, b = plain.init(_tree(0)), probed.init(_tree(0))
+    for grads in streams:
+        (x, a), (y, b) = plain.update(grads, a), probed.update(grads, b)
+        jax.tree.map(np.testing.assert_array_equal, x, y)
+    stacked = jax.tree.map(lambda *g: jnp.stack(g), *streams)
+    expected = {f"gsnr_{s}": float(deepkd.gsnr(stacked[s])) for s in deepkd.STREAMS}
+    assert deepkd.probed_gsnr(b) == pytest.approx(expected, rel=1e-4)
+    assert deepkd.probed_gsnr(a) == {}

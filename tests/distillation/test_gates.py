@@ -13,6 +13,7 @@ from specjax.distillation.gates import (
     AdaSpec,
     Everything,
     Recorded,
+    Rejected,
     SpecKD,
     acceptance_rate,
     get_gate,
@@ -26,6 +27,7 @@ EVERY_GATE = {
     "expected": SpecKD(k=2, accept="expected"),
     "adaspec": AdaSpec(),
     "recorded": Recorded(),
+    "rejected": Rejected(),
 }
 ALL = pytest.mark.parametrize("gate", EVERY_GATE.values(), ids=EVERY_GATE)
 
@@ -402,6 +404,30 @@ def test_by_name():
         assert get_gate(name) == gate() and gate.name == name
         assert hash(get_gate(name)) == hash(gate())  # static under jit
     assert get_gate("speckd", k=3, prefix=True) == SpecKD(k=3, prefix=True)
+
+
+def test_rejected_is_where_a_greedy_walk_stops():
+    """Against a loop over rounds: draft, accept while right, record, go on past the correction."""
+    marks, rows = np.zeros(N), 0
+    for seed in range(50, 56):
+        teacher, student, labels, state = batch(seed)
+        labels = np.where(labels >= 0, labels % 2, labels)  # two tokens: drafts are often right
+        teacher, student = teacher[..., :2], student[..., :2]
+        right = student.argmax(-1) == labels
+        expected = np.zeros(labels.shape)
+        for b in range(B):
+            t = 0
+            while t < T:
+                taken = 0
+                while taken < N and right[b, t, taken]:
+                    taken += 1
+                if taken < N and labels[b, t, taken] >= 0:
+                    expected[b, t, taken] = 1
+                t += taken + 1
+        found = np.asarray(weights(Rejected(), teacher, student, labels, state))
+        np.testing.assert_array_equal(found, expected)
+        marks, rows = marks + expected.sum((0, 1)), rows + (labels >= 0).any(-1).sum()
+    assert (marks > 0).all() and marks.sum() < rows / 2  # every depth; most rows jumped over
 
 
 @pytest.mark.parametrize(
