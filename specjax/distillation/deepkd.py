@@ -50,6 +50,10 @@ class DeepKD:
       steps: length of the run, which the mask's schedule needs.
       easy_end, hard_start: the ends of that schedule's first two phases, as fractions of the run.
         The paper's are not known; thirds are ours.
+      weights: factors of the three streams; with equal momenta and `gains` it is the control that
+        tells momenta from the reweighing they bring.
+      normalised: streams as moving averages, which do not reweigh each other (ours); False is the
+        published heavy ball.
       probe: measure each stream's signal-to-noise ratio over the run (twice the streams' memory).
 
     Raises:
@@ -68,6 +72,8 @@ class DeepKD:
     steps: int = 0
     easy_end: float = 1 / 3
     hard_start: float = 2 / 3
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    normalised: bool = True
     probe: bool = False
 
     def __post_init__(self):
@@ -86,6 +92,8 @@ class DeepKD:
                 raise ValueError(f"k_opt: {self.k_opt} must be >= 1, or None for no mask")
             if self.steps < 1:
                 raise ValueError(f"steps: {self.steps} must be >= 1 for the top-k schedule")
+        if len(self.weights) != len(STREAMS) or min(self.weights) < 0:
+            raise ValueError(f"weights: {self.weights} must be numbers >= 0 for {STREAMS}")
         if not 0 < self.easy_end < 1:
             raise ValueError(f"easy_end: {self.easy_end} must be in (0, 1)")
         if not self.easy_end <= self.hard_start < 1:
@@ -192,7 +200,8 @@ def stream_losses(teacher_logits, student_logits, labels, config: DeepKD, step):
     square = config.temperature**2
     tcg = square * tcg_weight * _target_kl(teacher_odds, log_odds(student, y))
     ncg = square * ncg_weight * _kept_kl(teacher, student, keep)
-    return jnp.where((labels >= 0)[..., None], jnp.stack([tog, tcg, ncg], axis=-1), 0.0)
+    values = jnp.stack([tog, tcg, ncg], axis=-1) * jnp.asarray(config.weights)
+    return jnp.where((labels >= 0)[..., None], values, 0.0)
 
 
 # Gradients and optimiser

@@ -46,6 +46,10 @@ class Gate:
         """weight_BxTxN, float32, from what was observed at all positions of the micro-batch."""
         raise NotImplementedError
 
+    def rates(self, seen_BxTxN, valid_BxTxN) -> dict:
+        """Name -> rate_N, what is worth logging of each depth."""
+        return {}
+
     def __call__(self, teacher_BxTxNxV, student_BxTxNxV, labels_BxTxN, state):
         """weight_BxTxN from whole logits: `observe`, then `weigh`."""
         seen_BxTxN = self.observe(teacher_BxTxNxV, student_BxTxNxV, labels_BxTxN, state)
@@ -122,6 +126,9 @@ class SpecKD(Gate):
             beta = (1 - done) + done * beta
         # In this form accepted ones weigh exactly 1 and rejected ones exactly beta.
         return jnp.where(valid_BxTxN, accepted + beta * (1 - accepted), 0.0)
+
+    def rates(self, seen_BxTxN, valid_BxTxN):
+        return {"accepted": acceptance_rate(seen_BxTxN, valid_BxTxN)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,8 +94,8 @@ def drafter_loss(
 
     Returns:
       (loss, metrics); with `objective.streams` > 1 the losses as a vector. Metrics are per depth:
-      cross-entropy or divergence `ce_i`, top-1 agreement with the target `agree_i`, and the mean
-      weight `kept_i` if a gate is on.
+      cross-entropy or divergence `ce_i`, top-1 agreement with the target `agree_i`; with a gate the
+      mean weight `kept_i` and what it reports itself (SpecKD: acceptance, `accepted_i`).
     """
     tokens_BxT, config = batch["tokens"], definition.target
     target = frozen["target"]
@@ -196,11 +196,11 @@ def drafter_loss(
         agree_N = jnp.sum(valid & each["agree"], axis=(0, 1)) / jnp.maximum(
             jnp.sum(labelled, axis=(0, 1)), 1
         )
-        kept_N = jnp.sum(weight_BxTxN, axis=(0, 1)) / count_N
-    metrics = {f"ce_{i + 1}": ce_N[i] for i in range(N)}
-    metrics |= {f"agree_{i + 1}": agree_N[i] for i in range(N)}
-    if objective.gate.name != "everything":
-        metrics |= {f"kept_{i + 1}": kept_N[i] for i in range(N)}
+        by_depth = {"ce": ce_N, "agree": agree_N}
+        if objective.gate.name != "everything":
+            by_depth["kept"] = jnp.sum(weight_BxTxN, axis=(0, 1)) / count_N
+            by_depth |= objective.gate.rates(each["seen"], valid)
+    metrics = {f"{name}_{i + 1}": x_N[i] for name, x_N in by_depth.items() for i in range(N)}
     return (loss_S if objective.streams > 1 else loss_S[0]), metrics
 
 

@@ -89,7 +89,9 @@ def make_optimizer(cfg, steps: int, deepkd: DeepKD | None = None) -> optax.Gradi
             **(dict(beta=0.0, nesterov=False) if deepkd else {}),
         )
         if deepkd:
-            core = optax.chain(deepkd_trace(deepkd.mu, *deepkd.deltas, normalised=True), core)
+            core = optax.chain(
+                deepkd_trace(deepkd.mu, *deepkd.deltas, normalised=deepkd.normalised), core
+            )
     else:
         raise ValueError(f"optimizer.name: {cfg.name!r} is unknown; one of 'adamw', 'muon'")
     if deepkd:

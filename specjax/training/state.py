@@ -18,9 +18,9 @@ class TrainState:
 
 
 def create(params, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step; nothing in it shares memory with `params` (it is donated)."""
-    params = jax.tree.map(jnp.copy, params)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    """State before the first step; it is donated, so all leaves have memory of their own."""
+    state = TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+    return jax.tree.map(jnp.copy, state)
 
 
 def one_gradient(loss_fn: Callable, params):

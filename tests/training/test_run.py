@@ -2,13 +2,18 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from configs import builtin_target, eagle3, fasteagle
 from specjax.data.regenerate import Rows, pad_rows
 from specjax.data.windows import Windows
+from specjax.distillation.deepkd import deepkd_trace, probe_gsnr
 from specjax.training.run import open_run
+from specjax.training.state import create
 
 
 def test_config_is_recorded_and_reopened(tmp_path):
@@ -76,3 +81,12 @@ def test_rows_are_pure_and_masked():
     assert sorted(stream.batch(3)["tokens"][:, 0].tolist()) == [1, 5]
     with pytest.raises(ValueError, match="fewer than batch_size"):
         Rows(rows, 3, seed=0)
+
+
+def test_a_fresh_state_shares_no_memory():
+    """It is donated whole: a buffer that occurs twice would be given away twice."""
+    params = {"w": jnp.ones((3, 2))}
+    tx = optax.chain(probe_gsnr(), deepkd_trace())
+    state = create(params, tx)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((params, state))]
+    assert len(set(pointers)) == len(pointers)
