@@ -6,6 +6,7 @@ from typing import IO
 
 from rich.box import MARKDOWN
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 PLAIN_WIDTH = 120
@@ -23,10 +24,21 @@ def make_console(file: IO[str] | None = None, soft_wrap: bool = False) -> Consol
 def print_rows(
     console: Console, headings: str, rows: Iterable[Sequence[str]], title: str | None = None
 ) -> None:
-    """Prints a Markdown table: cells under headings separated by "|", the first column left."""
+    """Prints a Markdown table: cells under headings separated by "|", the first column left.
+
+    It is as wide as its cells, whatever the console's width: what is cut cannot be pasted.
+    """
     table = Table(title=title, title_justify="left", box=MARKDOWN)
     for index, heading in enumerate(headings.split("|")):
         table.add_column(heading.strip(), justify="right" if index else "left", no_wrap=True)
     for row in rows:
         table.add_row(*row)
+    width, console.width = console.width, max(console.width, natural_width(table, console))
     console.print(table)
+    console.width = width
+
+
+def natural_width(table: Table, console: Console) -> int:
+    """Columns that a table takes when nothing is wrapped."""
+    endless = console.options.update(width=10_000)
+    return Measurement.get(console, endless, table).maximum

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import IO
 
 from rich.box import Box
-from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from specjax.console import make_console
+from specjax.console import make_console, natural_width
 
 
 def _nothing(row: dict) -> str:
@@ -146,7 +144,7 @@ def print_table(rows: Sequence[dict], file: IO[str] | None = None) -> None:
     """
     console = make_console(file)
     for tables in _layouts(rows):
-        if max(_natural_width(table, console) for table in tables) <= console.width:
+        if max(natural_width(table, console) for table in tables) <= console.width:
             break
     for index, table in enumerate(tables):
         if index:
@@ -207,9 +205,3 @@ def _grouped_table(rows: Sequence[dict], names: Sequence[str]) -> Table:
 
 def _cell(column: Column, row: dict) -> Text:
     return Text(one_line(column, row), style="red" if column.bad(row) else "")
-
-
-def _natural_width(table: Table, console: Console) -> int:
-    """Columns the table takes when nothing is wrapped."""
-    endless = console.options.update(width=10_000)
-    return Measurement.get(console, endless, table).maximum
