@@ -91,6 +91,14 @@ class FeatureDrafter(LearnedDrafter):
         """Runs rows through the drafter's layers; returns (hidden per depth, cache)."""
         raise NotImplementedError
 
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
+        """`teach` with each row's own inputs: features g_t and tokens_BxT[:, t] = x_{t+1}."""
+        raise NotImplementedError
+
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
+        following = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))  # the last row has no label
+        return self.unroll(params, target_params, taps_BxTxM, following)
+
     # ---- state -------------------------------------------------------------------------------
 
     def init_state(self, batch: int, slots: int, dtype) -> FeatureState:
@@ -104,7 +112,7 @@ class FeatureDrafter(LearnedDrafter):
             empty_cache(self.block, batch, slots, dtype, self.cache_layers), pending
         )
 
-    def prefill(self, params, target_params, state, committed: Committed) -> FeatureState:
+    def prefill(self, params, target_params, state, committed, context) -> FeatureState:
         B, P = committed.tokens_BxA.shape
         _, cache = self.extend(params, target_params, state.cache, committed)
         # The prompt's last row stays pending: the first draft reads out there.
@@ -167,7 +175,6 @@ class FeatureDrafter(LearnedDrafter):
         return params
 
     def normed(self, params, hidden):
-        """The readout norm."""
         return RMSNorm(self.target.rms_norm_eps).apply({"params": params["norm"]}, hidden)
 
 

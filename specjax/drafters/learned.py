@@ -25,15 +25,19 @@ class LearnedDrafter(Drafter):
 
     @property
     def unrolled(self) -> int:
-        """Depths that `unroll` trains."""
+        """Depths that `teach` trains."""
         return self.depth
 
-    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
-        """Training forward: (hidden, features), lists of `unrolled` states BxTxD each.
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
+        """Teacher-forced forward over a text: (hidden, features), lists of `unrolled` states BxTxD.
 
-        Row t gets features g_t and tokens_BxT[:, t] = x_{t+1}; entry i-1 (layer or step i) drafts
-        x_{t+1+i} and its teacher is the target at position t+i. `hidden` is read out; `features`
-        is what a feature loss aligns (the same states, unless a layer keeps them apart).
+        Row t stands for the round whose root is x_{t+1}; entry i-1 (layer or step i) drafts
+        x_{t+1+i} there and its teacher is the target at position t+i. `hidden` is read out;
+        `features` is what a feature loss aligns (the same states, unless a layer keeps them apart).
+
+        Args:
+          taps_BxTxM: the target's tapped features, None where `taps` is empty.
+          tokens_BxT: the text, x_t in row t.
         """
         raise NotImplementedError
 
