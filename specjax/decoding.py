@@ -215,6 +215,7 @@ def _first_state(
         target,
         engine.drafter.init_state(B, slots, target["embed"].dtype),
         Committed(following, taps, prompts_B),
+        Context(tokens_BxS, prompts_B + 1),
     )
     ones = jnp.ones(B, jnp.int32)
     _, done_B = truncate(engine, first_B[:, None], ones, limits_B)

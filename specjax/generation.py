@@ -85,10 +85,14 @@ class TrainedDrafter:
         write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
 
 
-def _definition(name: str, target: ModelConfig, config: dict) -> Drafter:
+def _family(name: str) -> type[Drafter]:
     if name not in DRAFTERS:
         raise ValueError(f"drafter: {name!r} is unknown; one of {tuple(DRAFTERS)}")
-    fields = {f.name for f in dataclasses.fields(DRAFTERS[name])} - {"target", "proposal"}
+    return DRAFTERS[name]
+
+
+def _definition(name: str, target: ModelConfig, config: dict) -> Drafter:
+    fields = {f.name for f in dataclasses.fields(_family(name))} - {"target", "proposal"}
     unknown = sorted(set(config) - fields)
     if unknown:
         raise ValueError(f"drafter {name!r} has no field {unknown[0]!r}; it has {sorted(fields)}")
@@ -112,11 +116,15 @@ def init_drafter(
       seed: of the random initial weights.
       vocab_ids: target ids of the draft vocabulary, where `draft_vocab_size` asks for one
         (default: the lowest ids).
-      **config: fields of the drafter's dataclass.
+      **config: fields of the drafter's dataclass, or for a family with a model of its own
+        `folder`, from which it is read.
 
     Raises:
       ValueError: unknown name or field, or a value out of range (names the field).
     """
+    if "folder" in config:
+        definition, params = _family(name).load(target, **config)
+        return TrainedDrafter(definition, params, target.fingerprint)
     definition = _definition(name, target.config, config)
     params = _init(definition, jax.random.key(seed), target.params)
     if vocab_ids is not None:
@@ -154,6 +162,8 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
         record = json.loads(path.read_text())
         name, fields = record["algorithm"], dict(record["drafter"])
         config = _model_config(fields.pop("target"))
+        if fields.get("own_model"):
+            fields["own_model"] = _model_config(fields["own_model"])
         fingerprint = record["target_fingerprint"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a drafter's config: {error!r}") from error

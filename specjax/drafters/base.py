@@ -76,6 +76,15 @@ class Drafter:
         """Slots past the committed ones that a round may write in the drafter's own cache."""
         return self.depth + 1
 
+    @classmethod
+    def load(cls, target, folder, **config) -> tuple["Drafter", dict[str, Any]]:
+        """(drafter, parameters) around a model of its own in a folder, where the family has one.
+
+        Raises:
+          ValueError: it has none, or the model does not fit the target.
+        """
+        raise ValueError(f"folder: drafter {cls.name!r} has no model of its own to load")
+
     def init(self, key, target_params) -> dict[str, Any]:
         """Fresh parameters."""
         return {}
@@ -84,7 +93,7 @@ class Drafter:
         """State before prefill."""
         return ()
 
-    def prefill(self, params, target_params, state, committed: Committed) -> Any:
+    def prefill(self, params, target_params, state, committed: Committed, context: Context) -> Any:
         """Absorbs the prompt: A = padded prompt length, counts_B the prompts' lengths."""
         return state
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.cache import KVCache, causal_cache_mask, empty_cache
-from specjax.drafters.base import Committed, Drafter
+from specjax.drafters.base import Committed
+from specjax.drafters.learned import LearnedDrafter
 from specjax.models.config import ModelConfig
 from specjax.models.layers import MLP, Attention, RMSNorm
-from specjax.models.linear import linear, readout
+from specjax.models.linear import linear
 from specjax.models.rope import rope_tables
 
 
@@ -54,26 +55,19 @@ class MidLayer(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureDrafter(Drafter):
+class FeatureDrafter(LearnedDrafter):
     """Drafter over the target's tapped features, with layers of the target's family."""
-
-    trained = True
 
     feature_layers: tuple[int, ...] = ()  # () = the target's low, mid and high taps
     intermediate_size: int = 0  # 0 = the target's
     num_heads: int = 0  # 0 = the target's
     num_kv_heads: int = 0
-    draft_vocab_size: int = 0  # 0 = the whole vocabulary
 
     def __post_init__(self):
+        super().__post_init__()
         L = self.target.num_layers
         if any(not 0 <= layer < L for layer in self.feature_layers):
             raise ValueError(f"feature_layers: {self.feature_layers} must lie in [0, {L})")
-        if not 0 <= self.draft_vocab_size <= self.target.vocab_size:
-            raise ValueError(
-                f"draft_vocab_size: {self.draft_vocab_size} must be in "
-                f"[0, {self.target.vocab_size}] (0 is the whole vocabulary)"
-            )
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -93,14 +87,17 @@ class FeatureDrafter(Drafter):
         """Layers that keep keys and values."""
         raise NotImplementedError
 
-    @property
-    def unrolled(self) -> int:
-        """Depths that `unroll` trains."""
-        return self.depth
-
     def forward_rows(self, params, target_params, taps, tokens, positions, mask, cache):
         """Runs rows through the drafter's layers; returns (hidden per depth, cache)."""
         raise NotImplementedError
+
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
+        """`teach` with each row's own inputs: features g_t and tokens_BxT[:, t] = x_{t+1}."""
+        raise NotImplementedError
+
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
+        following = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))  # the last row has no label
+        return self.unroll(params, target_params, taps_BxTxM, following)
 
     # ---- state -------------------------------------------------------------------------------
 
@@ -115,7 +112,7 @@ class FeatureDrafter(Drafter):
             empty_cache(self.block, batch, slots, dtype, self.cache_layers), pending
         )
 
-    def prefill(self, params, target_params, state, committed: Committed) -> FeatureState:
+    def prefill(self, params, target_params, state, committed, context) -> FeatureState:
         B, P = committed.tokens_BxA.shape
         _, cache = self.extend(params, target_params, state.cache, committed)
         # The prompt's last row stays pending: the first draft reads out there.
@@ -162,23 +159,6 @@ class FeatureDrafter(Drafter):
         """RoPE tables at the rows' positions."""
         return rope_tables(self.block, positions_BxT)
 
-    def vocab_ids(self, params):
-        """int32[W] target ids of the draft vocabulary, or None for the whole vocabulary."""
-        return params["buffers"]["vocab_ids"] if self.draft_vocab_size else None
-
-    def to_target_ids(self, params, draft_ids):
-        """Draft vocabulary ids -> target ids."""
-        ids = self.vocab_ids(params)
-        return draft_ids if ids is None else ids[draft_ids]
-
-    def to_target_laws(self, params, logq):
-        """Log-laws over the draft vocabulary -> over the whole one (last axis)."""
-        ids = self.vocab_ids(params)
-        if ids is None:
-            return logq
-        empty = jnp.full((*logq.shape[:-1], self.target.vocab_size), -jnp.inf)
-        return empty.at[..., ids].set(logq)
-
     def init_common(self, key, target_params) -> dict[str, Any]:
         """fc and norm, and the draft vocabulary's ids (the lowest, until data says otherwise)."""
         D, taps = self.target.hidden_size, len(self.taps)
@@ -195,25 +175,7 @@ class FeatureDrafter(Drafter):
         return params
 
     def normed(self, params, hidden):
-        """The readout norm."""
         return RMSNorm(self.target.rms_norm_eps).apply({"params": params["norm"]}, hidden)
-
-    def head(self, params, target_params):
-        """Rows of the readout matrix, [W, D]."""
-        raise NotImplementedError
-
-    def logits(self, params, target_params, hidden_BxTxD):
-        """Draft logits over the draft vocabulary, BxTxW float32."""
-        return readout(self.normed(params, hidden_BxTxD), self.head(params, target_params))
-
-    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
-        """Training forward: (hidden, features), lists of `depth` states BxTxD each.
-
-        Row t gets features g_t and tokens_BxT[:, t] = x_{t+1}; entry i-1 (layer or step i) drafts
-        x_{t+1+i} and its teacher is the target at position t+i. `hidden` is read out; `features`
-        is what a feature loss aligns (the same states, unless a layer keeps them apart).
-        """
-        raise NotImplementedError
 
 
 def last_rows(hidden_BxAxD, counts_B):

@@ -51,7 +51,8 @@ class Target:
         return hashlib.sha256(bits).hexdigest()[:16]
 
 
-def _resolve(folder_or_hub_id: str) -> pathlib.Path:
+def resolve_folder(folder_or_hub_id: str) -> pathlib.Path:
+    """The local folder of "builtin", a path or a hub id (fetched). Raises FileNotFoundError."""
     if folder_or_hub_id == "builtin":
         return BUILTIN
     folder = pathlib.Path(folder_or_hub_id)
@@ -95,7 +96,7 @@ def load_target(
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype: {dtype!r} is not supported; one of {DTYPES}")
-    folder = _resolve(str(folder_or_hub_id))
+    folder = resolve_folder(str(folder_or_hub_id))
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:

@@ -17,7 +17,7 @@ from specjax.distillation import losses
 from specjax.distillation.deepkd import DeepKD, stream_losses
 from specjax.distillation.divergences import get_divergence
 from specjax.distillation.gates import Gate, get_gate
-from specjax.drafters.features import FeatureDrafter
+from specjax.drafters.learned import LearnedDrafter
 from specjax.models import transformer
 from specjax.models.linear import readout
 from specjax.sampling import argmax
@@ -78,12 +78,12 @@ def make_objective(cfg: ConfigDict, steps: int) -> Objective:
 
 
 def drafter_loss(
-    definition: FeatureDrafter, objective: Objective, params, frozen, batch, step=0, key=None
+    definition: LearnedDrafter, objective: Objective, params, frozen, batch, step=0, key=None
 ):
     """Loss of one batch.
 
     Args:
-      definition: the drafter; its `unroll` gives N hidden states per row.
+      definition: the drafter; its `teach` gives N hidden states per row.
       params: trainable parameters.
       frozen: {"target": its parameters, "buffers": the drafter's constants, "reference": trained
         parameters of a reference drafter, where the gate compares with one}; no gradient.
@@ -105,8 +105,7 @@ def drafter_loss(
     taps = jax.lax.stop_gradient(out.taps_BxTxM)
     buffers = {"buffers": frozen["buffers"]} if frozen["buffers"] else {}
     params = params | buffers
-    following = losses.shift(tokens_BxT, 1)
-    hidden, features = definition.unroll(params, target, taps, following)
+    hidden, features = definition.teach(params, target, taps, tokens_BxT)
     N, T = len(hidden), tokens_BxT.shape[1]
     labelled_BxTxN = losses.label_weights(batch["supervised"], N)
     vocab_ids = definition.vocab_ids(params)
@@ -116,7 +115,7 @@ def drafter_loss(
     reference = None
     if "reference" in frozen:
         other = jax.lax.stop_gradient(frozen["reference"]) | buffers
-        states, _ = definition.unroll(other, target, taps, following)
+        states, _ = definition.teach(other, target, taps, tokens_BxT)
         reference = [definition.normed(other, h) for h in states]
         reference_head_WxD = definition.head(other, target)
     # Teacher rows run N past the student's; the padding is masked out by the weights.

@@ -40,6 +40,7 @@ VARIANTS = {
         "chain": dict(steps=3),
         "tree": dict(steps=3, top_k=3, total_nodes=9),
     },
+    "draft_model": {"chain": dict(draft_depth=3)},
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")

@@ -24,7 +24,7 @@ HOT, WARM, COLD = Sampling(1.3), Sampling(1.0), Sampling(0.6)
 FILTERED = [Sampling(t, 4, 0.9) for t in (1.3, 1.0, 0.6)]
 HOT_CUT, WARM_CUT, COLD_CUT = FILTERED
 
-CHAIN = {"fasteagle": dict(candidates=1), "eagle3": dict(top_k=1)}
+CHAIN = {"fasteagle": dict(candidates=1), "eagle3": dict(top_k=1), "draft_model": {}}
 TREE = {"fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6)}
 WIDE = {"fasteagle": dict(candidates=3), "eagle3": dict(top_k=2, total_nodes=6)}
 
@@ -67,7 +67,10 @@ def drafter(target):
 
     @functools.cache
     def of(name, shape):
-        steps = {"fasteagle": dict(num_layers=2), "eagle3": dict(steps=2)}[name]
+        steps = {
+            "fasteagle": dict(num_layers=2), "eagle3": dict(steps=2),
+            "draft_model": dict(num_layers=1, draft_depth=2),
+        }[name]  # fmt: skip
         return specjax.init_drafter(name, target, **steps, **dict(shape))
 
     return of
@@ -109,6 +112,8 @@ RUNS = [
     ("recursive_rejection", {}, "eagle3", BRANCHED, HOT_CUT),
     ("recursive_rejection", {"replacement": True}, "eagle3", BRANCHED, COLD),
     ("traversal", {"replacement": True}, "eagle3", BRANCHED, WARM),
+    ("token", {}, "draft_model", CHAIN, WARM),
+    ("block", {}, "draft_model", CHAIN, COLD_CUT),
 ]
 
 
