@@ -74,8 +74,9 @@ def smoke(config: ConfigDict) -> ConfigDict:
     config.eval.prompts, config.eval.max_new_tokens = 4, 24
     config.eval.max_prompt_tokens, config.eval.bootstrap = 128, 200
     config.calibrate.prompts, config.calibrate.max_new_tokens = 2, 16
+    config.eval.rule = ""  # sampled trees, like every further tree, are programs to compile
     for method in config.drafters.values():
-        method.budgets = ()  # every tree is a program to compile
+        method.budgets = ()
     return config
 
 

@@ -72,12 +72,17 @@ def _unruled(engine):
     return dataclasses.replace(engine, rule=get_rule("greedy"), sampling=GREEDY)
 
 
+def _drafting(engine):
+    """Nor does drafting, unless tokens are sampled."""
+    return engine if engine.drafter.proposal.sampled else _unruled(engine)
+
+
 def count_flops(engine, params, state) -> tuple[float, float]:
     """Floating-point operations of one draft and of one target forward over its tree.
 
     XLA's own count of the traced programs, padding included; a loop's body counts once.
     """
-    drafting = _draft.lower(engine, params, state.drafter, state.replace(drafter=()))
+    drafting = _draft.lower(_drafting(engine), params, state.drafter, state.replace(drafter=()))
     tree, _ = drafting.out_info
     scoring = _score.lower(_unruled(engine), params, state.cache, tree)
     # A backend without the analysis, or a program without arithmetic, has no such entry.
@@ -91,7 +96,7 @@ def time_round(engine, params, state, repeats: int = 15) -> RoundTimes:
     `state`, in the middle of decoding, is copied, not consumed.
     """
     plain, rest = _unruled(engine), state.replace(drafter=())
-    draft = lambda own: _draft(engine, params, own, rest)  # noqa: E731
+    draft = lambda own: _draft(_drafting(engine), params, own, rest)  # noqa: E731
     tree, _ = jax.block_until_ready(draft(_copy(state.drafter)))
     verify = lambda cache: _score(plain, params, cache, tree)  # noqa: E731
     jax.block_until_ready(verify(_copy(state.cache)))
