@@ -108,6 +108,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.eval.max_new_tokens = 96
     config.eval.max_prompt_tokens = 192
     config.eval.repeats = 1
+    config.eval.timing_repeats = 15  # timed calls of each part of a round, on each of three states
     config.eval.batch = 1
     config.eval.chat_template = ConfigDict({"use": False, "name": ""})  # "" = the tokenizer's own
     config.eval.bootstrap = 1000

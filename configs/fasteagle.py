@@ -66,13 +66,14 @@ def builtin(preset: str) -> ConfigDict:
 
 def smoke(config: ConfigDict) -> ConfigDict:
     """Everything the default run does, in under two minutes."""
-    config.data.count, config.data.max_new_tokens, config.data.batch = 16, 32, 16
+    config.data.count, config.data.max_new_tokens, config.data.batch = 16, 24, 16
     config.data.length = 128
-    config.train.steps, config.train.batch_size = 12, 4
-    config.train.log_every, config.train.checkpoint_every, config.train.tau_every = 4, 6, 12
+    config.train.steps, config.train.batch_size = 10, 4
+    config.train.log_every, config.train.checkpoint_every, config.train.tau_every = 5, 5, 10
     config.train.tau_prompts, config.train.tau_new_tokens = 2, 16
     config.eval.prompts, config.eval.max_new_tokens = 4, 24
     config.eval.max_prompt_tokens, config.eval.bootstrap = 128, 200
+    config.eval.timing_repeats = 3
     config.calibrate.prompts, config.calibrate.max_new_tokens = 2, 16
     config.eval.rule = ""  # sampled trees, like every further tree, are programs to compile
     for method in config.drafters.values():

@@ -220,7 +220,9 @@ def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list
     for task, prompts in bench.tasks.items():
         for temperature in config.eval.temperatures:
             settings = dataclasses.replace(protocol(config, task, temperature), seed=seed)
-            runs = benchmark(target, methods, prompts, settings, shapes=bench.shapes[task])
+            runs = benchmark(
+                target, methods, prompts, settings, config.eval.timing_repeats, bench.shapes[task]
+            )
             vanilla = next(run for run in runs if run.is_vanilla)
             for run in runs:
                 results.append(
