@@ -383,7 +383,9 @@ def gsnr(gradients_M):
 
 
 class ProbeState(NamedTuple):
-    moments: dict  # {stream: GradientMoments}
+    """What `probe_gsnr` keeps: {stream: GradientMoments}."""
+
+    moments: dict
 
 
 def probe_gsnr() -> optax.GradientTransformation:
