@@ -143,4 +143,4 @@ def print_summary(summary) -> None:
         for s in summary
     ]
     headings = "objective|tau|by seed|accepted %|less plain|95% over seeds|Holm p|step time|flops"
-    print_rows(make_console(soft_wrap=True), headings, cells)
+    print_rows(make_console(), headings, cells)

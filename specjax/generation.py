@@ -123,7 +123,8 @@ def init_drafter(
       ValueError: unknown name or field, or a value out of range (names the field).
     """
     if "folder" in config:
-        definition, params = _family(name).load(target, **config)
+        fields, params = _family(name).load(target, config.pop("folder"))
+        definition = _definition(name, target.config, config | fields)
         return TrainedDrafter(definition, params, target.fingerprint)
     definition = _definition(name, target.config, config)
     params = _init(definition, jax.random.key(seed), target.params)
@@ -160,10 +161,11 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
         raise FileNotFoundError(f"{path}: missing; a drafter folder has one")
     try:
         record = json.loads(path.read_text())
-        name, fields = record["algorithm"], dict(record["drafter"])
-        config = _model_config(fields.pop("target"))
-        if fields.get("own_model"):
-            fields["own_model"] = _model_config(fields["own_model"])
+        name = record["algorithm"]
+        fields = {
+            k: _model_config(v) if isinstance(v, dict) else v for k, v in record["drafter"].items()
+        }
+        config = fields.pop("target")
         fingerprint = record["target_fingerprint"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a drafter's config: {error!r}") from error

@@ -1,8 +1,8 @@
 """SpecKD: train where the target accepts what the drafter proposes.
 
 Source: arXiv 2510.24021 (v1 SpecKD, v2 SelecTKD). Defaults as reported: k = 5, beta = 0.01. Ours:
-beta falls from 1 over the first third of the run, for a cold drafter is rejected everywhere; the
-`prefix` row counts a depth as accepted only if all shallower ones are, as decoding does.
+beta falls from 1 over the first 40 steps, for a cold drafter is rejected everywhere; the `prefix`
+row counts a depth as accepted only if all shallower ones are, as decoding does.
 
 Command: python -m experiments.main --config=configs/distill/speckd.py
 """

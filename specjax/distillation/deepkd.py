@@ -4,7 +4,7 @@ The streams are the task-oriented loss (tog: cross-entropy of the label), the ta
 (tcg: "the label or not") and the non-target-class one (ncg: which of the other tokens). A trainer
 takes the gradient of each (`stream_gradients`) and hands the dict {"tog", "tcg", "ncg"} of trees to
 an optimiser that begins with `deepkd_trace` or `scale_by_deepkd_adam`, which make one tree of it;
-only `clip_streams_by_global_norm` may stand before those.
+only `clip_streams_by_global_norm` and `gsnr.probe_gsnr` may stand before those.
 
 The published rule is the default. Of what the released code does otherwise, `compat="released"`
 reproduces the momentum of the tog stream. Not reproduced: (1 - p_y) * NCKD as a product of two
@@ -14,7 +14,6 @@ that the other two streams have moved already; top-k over all classes, with the 
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -328,80 +327,3 @@ def clip_streams_by_global_norm(max_norm: float) -> optax.GradientTransformation
         return jax.tree.map(lambda g: g * scale.astype(g.dtype), grads), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-# Gradient signal-to-noise ratio: the paper's grounds for the signs of its deltas. Only a probe.
-
-
-class GradientMoments(NamedTuple):
-    """Running moments (Welford) of one stream's gradient: two trees, however many are seen."""
-
-    count: jax.Array
-    mean: optax.Params
-    squares: optax.Params  # summed squares of the deviations from the mean
-
-
-def gsnr_init(params) -> GradientMoments:
-    """Moments of no gradient."""
-    zeros = optax.tree_utils.tree_zeros_like(params, dtype=jnp.float32)
-    return GradientMoments(jnp.zeros((), jnp.int32), zeros, zeros)
-
-
-def gsnr_update(moments: GradientMoments, gradient) -> GradientMoments:
-    """The moments with one more gradient."""
-    count = moments.count + 1
-    off = jax.tree.map(jnp.subtract, gradient, moments.mean)
-    mean = jax.tree.map(lambda m, d: m + d / count, moments.mean, off)
-    squares = jax.tree.map(lambda s, d: s + d**2 * (1 - 1 / count), moments.squares, off)
-    return GradientMoments(count, mean, squares)
-
-
-def gsnr_value(moments: GradientMoments):
-    """mean^2 / variance (unbiased) of each parameter's gradient, averaged over the parameters.
-
-    Parameters without variance (embedding rows that no batch reached) are left out; where that is
-    all of them, as after a single gradient, the value is 0.
-    """
-
-    def ratios(mean, squares):
-        noisy = squares > 0
-        ratio = mean**2 * (moments.count - 1) / jnp.where(noisy, squares, 1.0)
-        return jnp.stack([jnp.sum(jnp.where(noisy, ratio, 0.0)), jnp.sum(noisy)])
-
-    ratio, noisy = sum(jax.tree.leaves(jax.tree.map(ratios, moments.mean, moments.squares)))
-    return ratio / jnp.maximum(noisy, 1)
-
-
-def gsnr(gradients_M):
-    """`gsnr_value` of M gradients stacked on the first axis of every leaf."""
-
-    def add(moments, gradient):
-        return gsnr_update(moments, gradient), None
-
-    start = gsnr_init(jax.tree.map(lambda g: g[0], gradients_M))
-    return gsnr_value(jax.lax.scan(add, start, gradients_M)[0])
-
-
-class ProbeState(NamedTuple):
-    """What `probe_gsnr` keeps: {stream: GradientMoments}."""
-
-    moments: dict
-
-
-def probe_gsnr() -> optax.GradientTransformation:
-    """Passes the three streams on and keeps their moments: the first link of a chain."""
-
-    def update(grads, state, params=None):
-        del params
-        return grads, ProbeState({s: gsnr_update(state.moments[s], grads[s]) for s in STREAMS})
-
-    return optax.GradientTransformation(
-        lambda params: ProbeState({s: gsnr_init(params) for s in STREAMS}), update
-    )
-
-
-def probed_gsnr(opt_state) -> dict[str, float]:
-    """{"gsnr_tog": ..., ...} over all steps so far; {} where the state holds no probe."""
-    is_probe = lambda node: isinstance(node, ProbeState)  # noqa: E731
-    probes = [n for n in jax.tree.leaves(opt_state, is_leaf=is_probe) if is_probe(n)]
-    return {f"gsnr_{s}": float(gsnr_value(m)) for p in probes for s, m in p.moments.items()}

@@ -1,4 +1,4 @@
-"""Pieces of layer-wise supervision: label-aligned weights, plain losses, chunks of rows."""
+"""Pieces of layer-wise supervision: label-aligned masks, plain losses, chunks of rows."""
 
 from collections.abc import Callable
 
@@ -13,14 +13,13 @@ def shift(x_BxT, offset: int):
     return jnp.pad(x_BxT[:, offset:], padding)
 
 
-def label_weights(supervised_BxT, depths: int):
-    """weight_BxTxN: 1 where depth i's label, token x_{t+1+i}, exists and is supervised.
+def label_mask(supervised_BxT, depths: int):
+    """bool BxTxN: whether depth i's label, token x_{t+1+i}, exists and is supervised.
 
     The mask follows the label, not the row: row t at depth i counts by token t+1+i. (Leaving it
     unshifted is the commonest bug in released trainers.)
     """
-    weights = [shift(supervised_BxT, 1 + i) for i in range(1, depths + 1)]
-    return jnp.stack(weights, axis=-1).astype(jnp.float32)
+    return jnp.stack([shift(supervised_BxT, 1 + i) for i in range(1, depths + 1)], axis=-1)
 
 
 def cross_entropy(teacher_probs, student_logits):

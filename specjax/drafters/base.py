@@ -77,8 +77,8 @@ class Drafter:
         return self.depth + 1
 
     @classmethod
-    def load(cls, target, folder, **config) -> tuple["Drafter", dict[str, Any]]:
-        """(drafter, parameters) around a model of its own in a folder, where the family has one.
+    def load(cls, target, folder) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(fields, parameters) of a model of its own in a folder, where the family has one.
 
         Raises:
           ValueError: it has none, or the model does not fit the target.

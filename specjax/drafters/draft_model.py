@@ -85,22 +85,22 @@ class DraftModel(LearnedDrafter):
         return 1  # trained as what it is, a language model
 
     @classmethod
-    def load(cls, target, folder, **config):
+    def load(cls, target, folder):
         """Any Hugging Face folder of a supported family with the target's vocabulary."""
         folder = resolve_folder(str(folder))
-        drafter = cls(target.config, own_model=read_config(folder), **config)
+        model = read_config(folder)
         if target.tokenizer is not None and (folder / "tokenizer.json").is_file():
             if load_tokenizer(folder).get_vocab() != target.tokenizer.get_vocab():
                 raise ValueError(f"{folder / 'tokenizer.json'}: not the target's vocabulary")
         place = lambda path, array: jnp.asarray(array).astype(target.params["embed"].dtype)  # noqa: E731
-        return drafter, load_params(folder, drafter.model, place)
+        return {"own_model": model}, load_params(folder, model, place)
 
     def init(self, key, target_params):
         """A fresh model; embedding and head start from the target's where they fit."""
         params = init_params(key, self.model)
-        for name in ("embed", "head"):
-            if name in params and target_params.get(name, params[name]).shape == params[name].shape:
-                params[name] = target_params.get(name, params[name]).astype(jnp.float32)
+        for name in {"embed", "head"} & set(params) & set(target_params):
+            if params[name].shape == target_params[name].shape:
+                params[name] = target_params[name].astype(jnp.float32)
         return params
 
     def init_state(self, batch: int, slots: int, dtype) -> KVCache:
@@ -127,7 +127,7 @@ class DraftModel(LearnedDrafter):
         hidden, state = self._feed(params, state, rows, start_B)
         tokens, laws = [context.root_B()[:, None]], []
         for level in range(1, self.depth + 1):
-            logits = super().logits(params, target_params, hidden[:, -1:])
+            logits = self.logits(params, target_params, hidden[:, -1:])
             if self.proposal.sampled:
                 law_Bx1xV = log_law(logits, self.proposal.sampling)
                 keys_B = jax.vmap(lambda k, at=level: jax.random.fold_in(k, at))(key)

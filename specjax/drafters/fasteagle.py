@@ -20,7 +20,6 @@ for the head and r_i for the feature loss, and r_i is what the next layer reads.
 import dataclasses
 from typing import ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -31,34 +30,13 @@ from specjax.drafters.features import (
     last_rows,
 )
 from specjax.drafters.proposals import KINDS, draw_children, log_law
-from specjax.models.config import ModelConfig
-from specjax.models.layers import MLP, Attention, RMSNorm
+from specjax.models.layers import RMSNorm
 from specjax.models.linear import linear
 from specjax.models.transformer import head_VxD, make_block
 from specjax.sampling import top_candidates
 from specjax.trees import Topology, backbone, chains
 
 ENTRIES = ("fc2h", "wide_qkv", "sampled")
-
-
-class SplitBlock(nn.Module):
-    """A decoder layer with two outputs that share all but the last half of the down-projection."""
-
-    config: ModelConfig
-
-    @nn.compact
-    def __call__(self, x_BxTxD, rope, mask, kv=None, start_B=None):
-        c = self.config
-        attention = Attention(
-            c.num_heads, c.num_kv_heads, c.head_dim, x_BxTxD.shape[-1], c.rms_norm_eps,
-            c.qkv_bias, c.o_bias, c.qk_norm, name="attn",
-        )  # fmt: skip
-        normed = RMSNorm(c.rms_norm_eps, name="attn_norm")(x_BxTxD)
-        y, kv = attention(normed, rope, mask, kv, start_B)
-        a = x_BxTxD + y
-        normed = RMSNorm(c.rms_norm_eps, name="mlp_norm")(a)
-        o, r = jnp.split(MLP(c.intermediate_size, outputs=2, name="mlp")(normed), 2, axis=-1)
-        return (a + o, a + r), kv
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +109,7 @@ class FastEagle(FeatureDrafter):
 
     @property
     def _layer(self):
-        return SplitBlock(self.block) if self.partial_alignment else make_block(self.block)
+        return make_block(self.block, outputs=2 if self.partial_alignment else 1)
 
     def _enter(self, params, g, e):
         """Features and next-token embedding -> the first layer's input."""

@@ -27,34 +27,33 @@ def _copy(tree):
     return jax.block_until_ready(jax.tree.map(jnp.copy, tree))
 
 
-def _median_ms(prepare: Callable, call: Callable, repeats: int) -> float:
-    """Median milliseconds of call(prepare()); preparing is not timed."""
-    times = []
-    for _ in range(repeats):
-        argument = prepare()
-        started = time.perf_counter()
-        jax.block_until_ready(call(argument))
-        times.append(time.perf_counter() - started)
-    return 1e3 * float(np.median(times))
+def _ms(call: Callable, consumed) -> float:
+    """Milliseconds of one call on a copy of what it consumes; copying is not timed."""
+    argument = _copy(consumed)
+    started = time.perf_counter()
+    jax.block_until_ready(call(argument))
+    return 1e3 * (time.perf_counter() - started)
 
 
-def time_fused(engine, params, state, repeats: int) -> float:
-    """Median milliseconds of the fused round on copies of one state."""
-    return time_in_turns([(engine, params, state)], repeats)[0]
+def _median_ms(call: Callable, consumed, repeats: int) -> float:
+    """Median of `_ms`, after one call to warm up."""
+    _ms(call, consumed)
+    return float(np.median([_ms(call, consumed) for _ in range(repeats)]))
+
+
+def _fused(engine, params) -> Callable:
+    return lambda state: decoding.jit_round(engine, params, state)
 
 
 def time_in_turns(contenders, repeats: int) -> list[float]:
-    """`time_fused` of several (engine, params, state), taking turns: slow spells hit all alike."""
-    for engine, params, state in contenders:
-        _copy(decoding.jit_round(engine, params, _copy(state)))
-    times = [
-        [
-            _median_ms(lambda s=s: _copy(s), lambda s, e=e, p=p: decoding.jit_round(e, p, s), 1)
-            for e, p, s in contenders
-        ]
-        for _ in range(repeats)
-    ]
-    return np.median(times, axis=0).tolist()
+    """Median milliseconds of the fused round of each (engine, params, state).
+
+    They take turns, so that a slow spell of the machine hits all alike.
+    """
+    calls = [(_fused(engine, params), state) for engine, params, state in contenders]
+    for call, state in calls:
+        _ms(call, state)
+    return np.median([[_ms(*c) for c in calls] for _ in range(repeats)], axis=0).tolist()
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -97,11 +96,10 @@ def time_round(engine, params, state, repeats: int = 15) -> RoundTimes:
     """
     plain, rest = _unruled(engine), state.replace(drafter=())
     draft = lambda own: _draft(_drafting(engine), params, own, rest)  # noqa: E731
-    tree, _ = jax.block_until_ready(draft(_copy(state.drafter)))
+    tree, _ = draft(_copy(state.drafter))
     verify = lambda cache: _score(plain, params, cache, tree)  # noqa: E731
-    jax.block_until_ready(verify(_copy(state.cache)))
     return RoundTimes(
-        draft=_median_ms(lambda: _copy(state.drafter), draft, repeats),
-        verify=_median_ms(lambda: _copy(state.cache), verify, repeats),
-        round=time_fused(engine, params, state, repeats),
+        draft=_median_ms(draft, state.drafter, repeats),
+        verify=_median_ms(verify, state.cache, repeats),
+        round=_median_ms(_fused(engine, params), state, repeats),
     )

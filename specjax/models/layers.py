@@ -131,7 +131,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm decoder layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm decoder layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With `outputs` > 1 the MLP ends in as many parts, each added to the same residual: a tuple.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -141,6 +144,7 @@ class Block(nn.Module):
     qkv_bias: bool = False
     o_bias: bool = False
     qk_norm: bool = False
+    outputs: int = 1
 
     @nn.compact
     def __call__(self, x_BxTxD, rope, mask_BxTxS, kv=None, start_B=None):
@@ -154,5 +158,7 @@ class Block(nn.Module):
             x_BxTxD = x_BxTxD + y
         with jax.named_scope("mlp"):
             normed = RMSNorm(self.eps, name="mlp_norm")(x_BxTxD)
-            x_BxTxD = x_BxTxD + MLP(self.intermediate_size, name="mlp")(normed)
-        return x_BxTxD, kv
+            y = MLP(self.intermediate_size, self.outputs, name="mlp")(normed)
+            if self.outputs == 1:
+                return x_BxTxD + y, kv
+            return tuple(x_BxTxD + part for part in jnp.split(y, self.outputs, axis=-1)), kv

@@ -32,11 +32,11 @@ class ForwardOut:
     cache: KVCache | None  # rows written at slots lengths..lengths+T, lengths unchanged
 
 
-def make_block(config: ModelConfig) -> Block:
-    """The Block module of one target layer."""
+def make_block(config: ModelConfig, outputs: int = 1) -> Block:
+    """The Block module of one layer of this geometry."""
     return Block(
         config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size,
-        config.rms_norm_eps, config.qkv_bias, config.o_bias, config.qk_norm,
+        config.rms_norm_eps, config.qkv_bias, config.o_bias, config.qk_norm, outputs,
     )  # fmt: skip
 
 

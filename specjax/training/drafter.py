@@ -10,7 +10,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from specjax import decoding
-from specjax.distillation.deepkd import probed_gsnr, stream_gradients
+from specjax.distillation.deepkd import stream_gradients
+from specjax.distillation.gsnr import probed_gsnr
 from specjax.generation import TrainedDrafter, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.training import sharding
@@ -156,7 +157,7 @@ def split_buffers(params) -> tuple[dict, dict]:
 
 
 def reference_config(cfg: ConfigDict) -> ConfigDict:
-    """The plain training of the reference drafter that AdaSPEC's gate compares with."""
+    """Training of the reference drafter that AdaSPEC compares with: the same without the gate."""
     cfg = cfg.copy_and_resolve_references()
     steps = cfg.loss.reference_steps or cfg.steps
     with cfg.unlocked():

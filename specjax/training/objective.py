@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from specjax.distillation import losses
-from specjax.distillation.deepkd import DeepKD, stream_losses
+from specjax.distillation.deepkd import STREAMS, DeepKD, stream_losses
 from specjax.distillation.divergences import get_divergence
 from specjax.distillation.gates import Gate, get_gate
 from specjax.drafters.learned import LearnedDrafter
@@ -54,7 +54,7 @@ class Objective:
     @property
     def streams(self) -> int:
         """Losses with a gradient of their own."""
-        return 3 if self.deepkd else 1
+        return len(STREAMS) if self.deepkd else 1
 
 
 def make_objective(cfg: ConfigDict, steps: int) -> Objective:
@@ -107,7 +107,7 @@ def drafter_loss(
     params = params | buffers
     hidden, features = definition.teach(params, target, taps, tokens_BxT)
     N, T = len(hidden), tokens_BxT.shape[1]
-    labelled_BxTxN = losses.label_weights(batch["supervised"], N)
+    labelled_BxTxN = losses.label_mask(batch["supervised"], N)
     vocab_ids = definition.vocab_ids(params)
     head_WxD = definition.head(params, target)
     read = [definition.normed(params, h) for h in hidden]
@@ -140,12 +140,10 @@ def drafter_loss(
         teacher_probs = jax.nn.softmax(teacher_logits)  # once; every depth reads a shifted slice
         depths = []
         for i in range(1, N + 1):
-            labelled = cut(labelled_BxTxN, size)[..., i - 1] > 0
+            labelled = cut(labelled_BxTxN, size)[..., i - 1]
             state = {"step": step, "key": jax.random.fold_in(jax.random.fold_in(key, start), i)}
             if reference is not None:
                 state["reference"] = readout(cut(reference[i - 1], size), reference_head_WxD)
-            if "recorded" in batch:
-                state["recorded"] = cut(batch["recorded"], size)[..., i - 1]
             seen = {
                 "teacher": teacher_logits[:, i : i + size],
                 "probs": teacher_probs[:, i : i + size],
@@ -175,9 +173,8 @@ def drafter_loss(
 
     with jax.named_scope("loss"):
         each = losses.by_chunks(rows, T, objective.chunk)
-        labelled = labelled_BxTxN > 0
-        valid = labelled & each["covered"]
-        state = {"step": step, "key": key} | {k: batch[k] for k in ("recorded",) if k in batch}
+        valid = labelled_BxTxN & each["covered"]
+        state = batch | {"step": step, "key": key}
         weight_BxTxN = objective.gate.weigh(each["seen"], valid, state)
         count_N = jnp.maximum(jnp.sum(valid, axis=(0, 1)), 1)
 
@@ -193,7 +190,7 @@ def drafter_loss(
             loss_S = loss_S.at[0].add(objective.feature * (decay_N @ gap_N))
         ce_N = mean(each["divergence"], valid.astype(jnp.float32))
         agree_N = jnp.sum(valid & each["agree"], axis=(0, 1)) / jnp.maximum(
-            jnp.sum(labelled, axis=(0, 1)), 1
+            jnp.sum(labelled_BxTxN, axis=(0, 1)), 1
         )
         by_depth = {"ce": ce_N, "agree": agree_N}
         if objective.gate.name != "everything":

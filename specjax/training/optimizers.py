@@ -8,9 +8,9 @@ from specjax.distillation.deepkd import (
     DeepKD,
     clip_streams_by_global_norm,
     deepkd_trace,
-    probe_gsnr,
     scale_by_deepkd_adam,
 )
+from specjax.distillation.gsnr import probe_gsnr
 from specjax.training.sharding import path_of
 
 

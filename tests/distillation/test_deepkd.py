@@ -472,35 +472,20 @@ def test_a_chain_settles_between_its_streams(core, weights):
     np.testing.assert_allclose(x, np.average(ends, weights=weights), rtol=1e-3)
 
 
-# Signal-to-noise ratio
-
-
-def test_gsnr_equals_numpy_and_its_online_form():
-    gradients = jax.tree.map(lambda g: g + 0.5, _tree(8, lead=(7,)))
-    gradients["unreached"] = jnp.zeros((7, 3))  # no signal, no noise: does not count
-    flat = np.concatenate([np.reshape(gradients[k], (7, -1)) for k in "wb"], axis=1)
-    expected = np.mean(flat.mean(0) ** 2 / flat.var(0, ddof=1))
-    np.testing.assert_allclose(deepkd.gsnr(gradients), expected, rtol=1e-4)
-
-    moments = deepkd.gsnr_init(jax.tree.map(lambda g: g[0], gradients))
-    update = jax.jit(deepkd.gsnr_update)
-    for i in range(7):
-        moments = update(moments, jax.tree.map(lambda g, i=i: g[i], gradients))
-    np.testing.assert_allclose(deepkd.gsnr_value(moments), expected, rtol=1e-4)
-
-
-def test_gsnr_scales_with_the_signal():
-    noise = _tree(9, lead=(200,))
-    weak, strong = (deepkd.gsnr(jax.tree.map(lambda g, c=c: g + c, noise)) for c in (0.0, 1.0))
-    assert weak < 0.05 < 0.7 < strong < 1.5
-    doubled = jax.tree.map(lambda g: 2 * (g + 1.0), noise)
-    np.testing.assert_allclose(deepkd.gsnr(doubled), strong, rtol=1e-4)
-
-
-def test_gsnr_of_too_little_is_zero():
-    moments = deepkd.gsnr_init(_tree(0))
-    assert deepkd.gsnr_value(moments) == 0
-    assert deepkd.gsnr_value(deepkd.gsnr_update(moments, _tree(1))) == 0
+def test_scaled_losses_with_equal_momenta_settle_where_the_heavy_balls_do():
+    """The control for the momenta's reweighing: constant gradients, weights `gains`, one mu."""
+    mu, deltas = 0.9, deepkd.DELTAS
+    weights = tuple(deepkd.gains(mu, deltas).values())
+    config = DeepKD(deltas=(0.0, 0.0, 0.0), weights=weights)
+    plain, *_ = _evaluate(DeepKD(), *_logits())
+    scaled, *_ = _evaluate(config, *_logits())
+    np.testing.assert_allclose(scaled, plain * np.array(weights), rtol=1e-5)
+    gradients = {s: jnp.asarray(float(i + 1)) for i, s in enumerate(STREAMS)}
+    weighted = {s: g * w for (s, g), w in zip(gradients.items(), weights, strict=True)}
+    unequal = _updates(deepkd.deepkd_trace(mu, *deltas), 600 * [gradients], jnp.zeros(()))
+    equal = _updates(deepkd.deepkd_trace(mu, 0, 0, 0), 600 * [weighted], jnp.zeros(()))
+    np.testing.assert_allclose(unequal[-1], equal[-1], rtol=1e-4)
+    assert abs(unequal[-1] - sum(gradients.values()) / (1 - mu)) > 1  # not what mu alone gives
 
 
 # Refusals
@@ -514,6 +499,8 @@ def test_gsnr_of_too_little_is_zero():
         ("deltas", (0.1, -0.075, 0.075)),
         ("deltas", (0.0, -0.95, 0.0)),
         ("deltas", (0.05, -0.05)),
+        ("weights", (1.0, 1.0)),
+        ("weights", (1.0, -1.0, 1.0)),
         ("temperature", 0.0),
         ("ce_weight", -0.1),
         ("alpha", -1.0),
@@ -535,16 +522,3 @@ def test_bad_optimisers_are_refused():
         deepkd.deepkd_trace(compat="pytorch")
     with pytest.raises(ValueError, match="deltas: .* 0.95"):
         deepkd.scale_by_deepkd_adam(b1=0.95)
-
-
-def test_the_probe_sees_every_stream_and_changes_nothing():
-    streams = [{s: _tree(10 * i + j) for j, s in enumerate(deepkd.STREAMS)} for i in range(4)]
-    plain, probed = deepkd.deepkd_trace(), optax.chain(deepkd.probe_gsnr(), deepkd.deepkd_trace())
-    a, b = plain.init(_tree(0)), probed.init(_tree(0))
-    for grads in streams:
-        (x, a), (y, b) = plain.update(grads, a), probed.update(grads, b)
-        jax.tree.map(np.testing.assert_array_equal, x, y)
-    stacked = jax.tree.map(lambda *g: jnp.stack(g), *streams)
-    expected = {f"gsnr_{s}": float(deepkd.gsnr(stacked[s])) for s in deepkd.STREAMS}
-    assert deepkd.probed_gsnr(b) == pytest.approx(expected, rel=1e-4)
-    assert deepkd.probed_gsnr(a) == {}

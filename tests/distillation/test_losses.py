@@ -8,24 +8,24 @@ import pytest
 from specjax.distillation import losses
 
 
-def test_label_weights_follow_the_label_token():
+def test_label_masks_follow_the_label_token():
     rng = np.random.default_rng(0)
     supervised = rng.random((3, 9)) < 0.6
-    weights = np.asarray(losses.label_weights(jnp.asarray(supervised), 4))
+    mask = np.asarray(losses.label_mask(jnp.asarray(supervised), 4))
     for b in range(3):
         for t in range(9):
             for i in range(1, 5):
                 label = t + 1 + i
                 expected = label < 9 and supervised[b, label]
-                assert weights[b, t, i - 1] == expected
+                assert mask[b, t, i - 1] == expected
 
 
 def test_boundary_of_a_supervised_span():
     # Tokens 3.. are the answer. Depth 1 of row 1 drafts token 3, the first supervised one.
     supervised = jnp.asarray([[0, 0, 0, 1, 1, 1]], bool)
-    weights = np.asarray(losses.label_weights(supervised, 2))[0]
-    assert weights[:, 0].tolist() == [0, 1, 1, 1, 0, 0]
-    assert weights[:, 1].tolist() == [1, 1, 1, 0, 0, 0]
+    mask = np.asarray(losses.label_mask(supervised, 2))[0]
+    assert mask[:, 0].tolist() == [0, 1, 1, 1, 0, 0]
+    assert mask[:, 1].tolist() == [1, 1, 1, 0, 0, 0]
 
 
 def test_cross_entropy_gradient_is_student_minus_teacher():

@@ -8,10 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from configs import builtin_target, eagle3, fasteagle
+from configs import builtin_target, common, eagle3, fasteagle
 from specjax.data.regenerate import Rows, pad_rows
 from specjax.data.windows import Windows
-from specjax.distillation.deepkd import deepkd_trace, probe_gsnr
+from specjax.distillation.deepkd import STREAMS, DeepKD, deepkd_trace
+from specjax.distillation.gsnr import probe_gsnr
+from specjax.training.optimizers import make_optimizer
 from specjax.training.run import open_run
 from specjax.training.state import create
 
@@ -90,3 +92,25 @@ def test_a_fresh_state_shares_no_memory():
     state = create(params, tx)
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((params, state))]
     assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_every_optimiser_takes_the_three_streams(name, normalised):
+    """With gradients in one stream and no deltas it is what that stream's gradient is to it."""
+    cfg = common.optimizer(learning_rate=1e-2, warmup_steps=1)
+    cfg.name, cfg.clip_norm = name, 1e9
+    params = {"layers": [{"mlp": {"down": jnp.ones((4, 3))}}], "scale": jnp.ones(3)}
+    tx = make_optimizer(cfg, 10, DeepKD(deltas=(0.0, 0.0, 0.0), normalised=normalised))
+    state, steps = tx.init(params), []
+    for seed in range(3):
+        grads = jax.tree.map(
+            lambda w, s=seed: jax.random.normal(jax.random.key(s), w.shape), params
+        )
+        thirds = {s: jax.tree.map(lambda g: g / 3, grads) for s in STREAMS}
+        whole = {s: grads if s == "tcg" else jax.tree.map(jnp.zeros_like, grads) for s in STREAMS}
+        a, _ = tx.update(thirds, state, params)
+        b, state = tx.update(whole, state, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
+        steps.append(b)
+    assert any(np.abs(leaf).max() > 1e-3 for leaf in jax.tree.leaves(steps))
