@@ -78,7 +78,6 @@ def base(name: str, preset: str) -> ConfigDict:
     config.data = ConfigDict()
     config.data.prompts = "stdlib-train"  # prompt set whose continuations are the training data
     config.data.data_dir = ""  # folder of local prompt sets
-    config.data.regenerate = True  # False: train on the given text as it stands
     config.data.count = 320  # sequences
     config.data.max_prompt_tokens = 96  # the last ones are kept
     config.data.max_new_tokens = 128
@@ -92,6 +91,10 @@ def base(name: str, preset: str) -> ConfigDict:
     config.train.batch_size = 4
     config.train.optimizer = optimizer()
     config.train.loss = loss()
+    config.train.source = "target"  # who writes the training text: one of `training.sources`
+    config.train.own_share = 0.5  # of the rows that the drafter writes, source "mix"
+    config.train.refresh = 30  # steps between two writings of the drafter
+    config.train.own_temperature = 1.0  # at which it writes
     config.train.log_every = 20
     config.train.checkpoint_every = 75
     config.train.tau_every = 75

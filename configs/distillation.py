@@ -1,4 +1,4 @@
-"""The same FastEagle under every training objective, at equal tokens, steps and seeds.
+"""The same drafter under every training objective, at equal tokens, steps and seeds.
 
 Sources and what is ours: docs/distillation.md; each objective is a recipe of its own in
 configs/distill/. Every row is one objective and seed, decoded at temperature 0 on held-out prompts
@@ -7,6 +7,7 @@ number (Holm), and the best one is trained again, with plain, on fresh seeds.
 
 Commands:
   python -m experiments.main --config=configs/distillation.py          built-in target, CPU
+  python -m experiments.main --config=configs/distillation.py:draft_model
   python -m experiments.main --config=configs/distillation.py:smoke    all of it, small, for CI
 """
 
@@ -14,30 +15,39 @@ import importlib
 
 from ml_collections import ConfigDict
 
-from configs import common, fasteagle
+from configs import common, draft_model, fasteagle
 
 OBJECTIVES = (
     "plain", "speckd", "adaspec", "online", "deepkd", "fspad", "distillspec", "fastdraft",
 )  # fmt: skip
 """Modules of configs.distill; each maps row names to (what it changes of init, of train)."""
 
-SMOKE = ("plain", "adaspec", "deepkd", "fspad")
-"""One row of each mechanism: a gate with a reference, streams, another architecture."""
+DRAFT_MODEL = ("plain", "distillspec", "fastdraft")
+"""Those that were made for a small language model."""
+
+SMOKE = ("plain", "adaspec", "deepkd", "distillspec_mix", "fspad")
+"""One row of each mechanism: a gate with a reference, streams, own text, another architecture."""
 
 
 def get_config(preset: str = "") -> ConfigDict:
-    """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"distillation: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name, config.experiment = "distillation", "distill"
-    plain = config.drafters.fasteagle
+    """Presets: "" (built-in target), "draft_model" (DistillSpec's own drafter) and "smoke"."""
+    if preset not in ("", "draft_model", "smoke"):
+        raise ValueError(
+            f"distillation: unknown preset {preset!r}; one of '', 'draft_model', 'smoke'"
+        )
+    small = "smoke" if preset == "smoke" else ""
+    if preset == "draft_model":
+        config, family, objectives = draft_model.get_config(small), "draft_model", DRAFT_MODEL
+    else:
+        config, family, objectives = fasteagle.get_config(small), "fasteagle", OBJECTIVES
+    config.name, config.experiment, config.preset = "distillation", "distill", preset
+    plain = config.drafters[family]
     config.drafters = ConfigDict()
-    for name in OBJECTIVES:
+    for name in objectives:
         recipe = importlib.import_module(f"configs.distill.{name}")
         for row, changes in recipe.ROWS.items():
-            config.drafters[f"fasteagle/{row}"] = common.drafter(
-                "fasteagle",
+            config.drafters[f"{family}/{row}"] = common.drafter(
+                family,
                 init=plain.init.to_dict() | changes.get("init", {}),
                 tree=plain.tree.to_dict(),
                 train=changes.get("train"),

@@ -34,6 +34,7 @@ from specjax.training import sharding
 from specjax.training.drafter import TauProbe, train_drafter
 from specjax.training.metrics import MetricsLog
 from specjax.training.progress import duration, say
+from specjax.training.sources import SOURCES, OwnRows, Writing
 
 
 def protocol(config: ConfigDict, task: str, temperature: float) -> Protocol:
@@ -62,17 +63,56 @@ def training_prompts(config: ConfigDict, target: Target) -> list[list[int]]:
     return [row[:1] + row[1:][-(cfg.max_prompt_tokens - 1) :] for row in ids]
 
 
-def training_rows(config: ConfigDict, target: Target, prompts, folder) -> dict[str, np.ndarray]:
-    """Padded training rows: the prompts continued by the target, or the given text."""
+def training_rows(config: ConfigDict, target: Target, ids, folder) -> dict[str, np.ndarray]:
+    """Padded training rows: the prompts continued by the target."""
     cfg = config.data
-    if cfg.regenerate:
-        sequences = regenerate(
-            target, prompts, cfg.max_new_tokens, cfg.temperature, config.seed, cfg.batch,
-            folder / "data",
-        )  # fmt: skip
-    else:
-        sequences = [(ids, 0) for ids in prompts]
+    sequences = regenerate(
+        target, ids, cfg.max_new_tokens, cfg.temperature, config.seed, cfg.batch, folder / "data"
+    )
     return pad_rows(sequences, cfg.length, cfg.supervise_prompt)
+
+
+def text_rows(config: ConfigDict, target: Target, ids) -> dict[str, np.ndarray]:
+    """Padded training rows: the prompts with the answers that people gave, where there are any."""
+    cfg, sequences = config.data, []
+    joint = "" if config.eval.chat_template.use else "\n"
+    prompts = load_prompts(cfg.prompts, limit=cfg.count, data_dir=cfg.data_dir or None)
+    for prompt, row in zip(prompts, ids, strict=True):
+        answer = joint + prompt.reference if prompt.reference else ""
+        new = target.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        sequences.append((row + new[: cfg.max_new_tokens], len(row)))
+    return pad_rows(sequences, cfg.length, cfg.supervise_prompt)
+
+
+def batches(bench: "Bench", name: str, cfg: ConfigDict, seed: int, within: str):
+    """(step, drafter) -> the training batch, written by whom `cfg.source` says.
+
+    Raises:
+      ValueError: an unknown source, or one that the gate rules out.
+    """
+    config, target = bench.config, bench.target
+    if cfg.source not in SOURCES:
+        raise ValueError(f"train.source: {cfg.source!r} is unknown; one of {SOURCES}")
+    rows = bench.train_rows
+    if cfg.source == "text":
+        rows = text_rows(config, target, bench.train_prompts)
+    stream = Rows(rows, cfg.batch_size, seed)
+    if cfg.source in ("target", "text"):
+        return stream.batch
+    if cfg.loss.gate == "adaspec":
+        raise ValueError(
+            f"train.source: {cfg.source!r} is text of one drafter; gate 'adaspec' trains two"
+        )
+    how = Writing(
+        share=cfg.own_share if cfg.source == "mix" else 1.0,
+        refresh=cfg.refresh,
+        temperature=cfg.own_temperature,
+        max_new_tokens=config.data.max_new_tokens,
+        batch=config.data.batch,
+    )
+    folder = bench.folder / "data" / "own" / within / name
+    supervise = config.data.supervise_prompt
+    return OwnRows(stream, bench.train_prompts, target, how, supervise, folder).batch
 
 
 def frequent_tokens(rows, size: int) -> np.ndarray:
@@ -182,10 +222,9 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
             f"target {target.num_params / 1e6:.2f}M"
         )
         cfg, tree = train_config(config, name), config.drafters[name].tree.to_dict()
-        stream = Rows(bench.train_rows, cfg.batch_size, seed)
         drafter, cost = train_drafter(
-            target, drafter, cfg, stream.batch, tree, probe, bench.folder, bench.metrics,
-            "/".join(filter(None, (name, within))), bench.mesh, seed,
+            target, drafter, cfg, batches(bench, name, cfg, seed, within), tree, probe,
+            bench.folder, bench.metrics, "/".join(filter(None, (name, within))), bench.mesh, seed,
         )  # fmt: skip
         drafter = drafter.with_budget(**tree)
         drafter.save(bench.folder / "drafters" / within / name)

@@ -7,13 +7,31 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from experiments.compare import Bench, decode_all, prepare, train_all, write_up
+from experiments.compare import (
+    Bench,
+    decode_all,
+    init_all,
+    prepare,
+    train_all,
+    train_config,
+    write_up,
+)
 from specjax.console import make_console, print_rows
 from specjax.evaluation.figures import draw_differences
+from specjax.evaluation.timing import calls_in_turns
 from specjax.files import write_text
+from specjax.training.drafter import needs_reference, set_up
 from specjax.training.progress import say
 
-PLAIN = "fasteagle/plain"
+
+def plain_of(method: str) -> str:
+    """The row that a row is compared with: its drafter under the plain objective."""
+    return method.rsplit("/", 1)[0] + "/plain"
+
+
+def is_plain(method: str) -> bool:
+    """Whether a row is one that others are compared with."""
+    return method == plain_of(method)
 
 
 def distill(config: ConfigDict, folder) -> dict:
@@ -22,9 +40,9 @@ def distill(config: ConfigDict, folder) -> dict:
     bench = prepare(config, folder)
     rows, samples, flops = run_seeds(bench, config.seeds)
     summary = summarise(rows, flops, step_seconds(bench))
-    others = [s for s in summary if s["method"] != PLAIN]
+    others = [s for s in summary if not is_plain(s["method"])]
     best = max(others, key=lambda s: s["difference"])["method"]
-    again, _, _ = run_seeds(bench, config.confirm_seeds, (PLAIN, best))
+    again, _, _ = run_seeds(bench, config.confirm_seeds, (plain_of(best), best))
     confirmed = difference(again, best)
     verdict = (
         f"{best} less plain on fresh seeds {tuple(config.confirm_seeds)}: tau "
@@ -64,11 +82,11 @@ def taus_by_seed(rows, method: str) -> dict[int, float]:
 
 
 def difference(rows, method: str) -> dict:
-    """tau less plain's, paired by seed: mean, its t interval over seeds, and a paired t-test.
+    """tau less its plain row's, paired by seed: mean, t interval over seeds, paired t-test.
 
     Differences that are the same for all seeds test nothing (p = 1): no spread was seen.
     """
-    ours, plain = taus_by_seed(rows, method), taus_by_seed(rows, PLAIN)
+    ours, plain = taus_by_seed(rows, method), taus_by_seed(rows, plain_of(method))
     gaps = np.array([ours[seed] - plain[seed] for seed in ours])
     if len(gaps) < 2:
         raise ValueError("seeds: a difference needs at least two")
@@ -90,11 +108,12 @@ def holm(p_values) -> list[float]:
 
 def summarise(rows, step_flops: dict, step_seconds: dict) -> list[dict]:
     """One entry a method, plain first: tau over seeds, acceptance, cost, difference from plain."""
-    names = [PLAIN, *sorted({r["method"] for r in rows} - {PLAIN, "vanilla"})]
+    names = {r["method"] for r in rows} - {"vanilla"}
+    names = sorted(names, key=lambda name: (plain_of(name), not is_plain(name), name))
     entries = []
     for name in names:
         own, taus = [r for r in rows if r["method"] == name], taus_by_seed(rows, name)
-        depths = min(len(r["acceptance_by_depth"]) for r in own)
+        plain, depths = plain_of(name), min(len(r["acceptance_by_depth"]) for r in own)
         shares = np.mean([r["acceptance_by_depth"][:depths] for r in own], axis=0)
         entries.append(
             {
@@ -103,27 +122,30 @@ def summarise(rows, step_flops: dict, step_seconds: dict) -> list[dict]:
                 "tau_by_seed": {str(seed): value for seed, value in taus.items()},
                 "acceptance_by_depth": shares.tolist(),
                 "train_seconds": float(np.mean([r["train_seconds"] for r in own])),
-                "step_ratio": step_seconds[name] / step_seconds[PLAIN],
-                "flops_ratio": step_flops[name] / step_flops[PLAIN] if step_flops[PLAIN] else None,
+                "step_ratio": step_seconds[name] / step_seconds[plain],
+                "flops_ratio": step_flops[name] / step_flops[plain] if step_flops[plain] else None,
             }
             | difference(rows, name)
         )
-    corrected = holm([e["p_value"] for e in entries[1:]])
-    for entry, p_value in zip(entries, [1.0, *corrected], strict=True):
+    tested = [e for e in entries if not is_plain(e["method"])]
+    for entry in entries:
+        entry["p_holm"] = 1.0
+    for entry, p_value in zip(tested, holm([e["p_value"] for e in tested]), strict=True):
         entry["p_holm"] = p_value
     return entries
 
 
-def step_seconds(bench: Bench) -> dict[str, float]:
-    """Method -> median seconds of a training step, from the logged throughput of all seeds."""
-    rates: dict[str, list[float]] = {}
-    for line in bench.metrics.path.read_text().splitlines():
-        entry = json.loads(line)
-        method = entry["stage"].removeprefix("train/").rsplit("/", 1)[0]
-        if "tokens_per_s" in entry and not entry["stage"].endswith("-reference"):
-            rates.setdefault(method, []).append(entry["tokens_per_s"])
-    tokens = bench.config.train.batch_size * bench.config.data.length
-    return {method: tokens / float(np.median(values)) for method, values in rates.items()}
+def step_seconds(bench: Bench, repeats: int = 9) -> dict[str, float]:
+    """Method -> median seconds of a training step; all methods take turns."""
+    config, target, calls = bench.config, bench.target, {}
+    for name, drafter in init_all(config, target, bench.train_rows, config.seed).items():
+        cfg = train_config(config, name)
+        reference = drafter if needs_reference(cfg) else None
+        step, state, frozen = set_up(target, drafter, cfg, bench.mesh, reference=reference)
+        rows = {k: v[: cfg.batch_size] for k, v in bench.train_rows.items()}
+        calls[name] = (lambda s, step=step, f=frozen, rows=rows: step(s, f, rows)), state
+    times_ms = calls_in_turns(list(calls.values()), repeats)
+    return {name: ms / 1e3 for name, ms in zip(calls, times_ms, strict=True)}
 
 
 def print_summary(summary) -> None:
@@ -134,9 +156,9 @@ def print_summary(summary) -> None:
             f"{s['tau']:.3f}",
             " ".join(f"{value:.2f}" for value in s["tau_by_seed"].values()),
             " ".join(f"{100 * share:.0f}" for share in s["acceptance_by_depth"]),
-            "" if s["method"] == PLAIN else f"{s['difference']:+.3f}",
-            "" if s["method"] == PLAIN else "[{:+.3f}, {:+.3f}]".format(*s["ci95"]),
-            "" if s["method"] == PLAIN else f"{s['p_holm']:.2g}",
+            "" if is_plain(s["method"]) else f"{s['difference']:+.3f}",
+            "" if is_plain(s["method"]) else "[{:+.3f}, {:+.3f}]".format(*s["ci95"]),
+            "" if is_plain(s["method"]) else f"{s['p_holm']:.2g}",
             f"{s['step_ratio']:.2f}x",
             "" if s["flops_ratio"] is None else f"{s['flops_ratio']:.2f}x",
         )

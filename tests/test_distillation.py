@@ -12,9 +12,10 @@ from scipy.stats import ttest_rel
 
 from configs import distillation
 from experiments.compare import train_config
-from experiments.distillation import PLAIN, difference, holm, summarise, taus_by_seed
+from experiments.distillation import difference, holm, plain_of, summarise, taus_by_seed
 from specjax.training.objective import make_objective
 
+PLAIN = "fasteagle/plain"
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -66,15 +67,26 @@ def test_the_summary_starts_with_plain_and_says_costs_as_ratios():
     assert len(summary[0]["acceptance_by_depth"]) == 1  # as deep as every seed got
 
 
-@pytest.mark.parametrize("preset", ["", "smoke"])
+def test_each_drafter_is_compared_with_its_own_plain_row():
+    rows = rows_of(
+        {"b/x": [2.0, 2.3], "b/plain": [1.0, 1.2], PLAIN: [3.0, 3.1], "fasteagle/a": [3.0, 3.2]}
+    )
+    names = ("b/plain", "b/x", PLAIN, "fasteagle/a")
+    ones = dict.fromkeys(names, 1.0)
+    summary = summarise(rows, ones, ones)
+    assert [s["method"] for s in summary] == list(names)
+    assert [s["difference"] for s in summary] == pytest.approx([0, 1.05, 0, 0.05])
+
+
+@pytest.mark.parametrize("preset", ["", "draft_model", "smoke"])
 def test_every_recipe_builds_its_objective(preset):
     config = distillation.get_config(preset)
     config.lock()
     for name in config.drafters:
         cfg = train_config(config, name)
         make_objective(cfg.loss, cfg.steps)
-    plain = train_config(config, PLAIN).to_dict()
-    assert plain == config.train.to_dict()
+    plain = plain_of(name)
+    assert train_config(config, plain).to_dict() == config.train.to_dict()
 
 
 @pytest.mark.parametrize("name", distillation.OBJECTIVES)

@@ -1,8 +1,10 @@
-"""DistillSpec: the choice of divergence.
+"""DistillSpec: the choice of divergence, and of who writes the training text.
 
-Source: arXiv 2310.08461. A cascade never reads its own tokens, so on-policy data means text of the
-target's own (`data.regenerate`), which all rows train on. Jensen-Shannon at beta 0.5, and total
-variation, whose complement is the acceptance rate.
+Source: arXiv 2310.08461. Jensen-Shannon at beta 0.5, and total variation, whose complement is the
+acceptance rate; text of the target (`train.source`, the other rows' too), of people, of the drafter
+itself, or half target, half drafter. A cascade never reads its own tokens when it drafts, so text
+of its own puts it where decoding never does; a small draft model (configs/draft_model.py) does read
+its own.
 
 Command: python -m experiments.main --config=configs/distill/distillspec.py
 """
@@ -12,6 +14,9 @@ from configs.distill import single
 ROWS = {
     "distillspec": {"train": {"loss": {"divergence": "jensen_shannon"}}},
     "distillspec_tvd": {"train": {"loss": {"divergence": "total_variation"}}},
+    "distillspec_text": {"train": {"source": "text"}},
+    "distillspec_own": {"train": {"source": "drafter"}},
+    "distillspec_mix": {"train": {"source": "mix"}},
 }
 
 

@@ -1,4 +1,4 @@
-"""Training sequences: given text, or prompts continued by the target itself, cached on disk."""
+"""Training sequences: prompts continued by the target itself, cached on disk; padded rows."""
 
 import hashlib
 import json
@@ -37,8 +37,7 @@ def regenerate(
     settings = {"new": max_new_tokens, "temperature": temperature, "seed": seed, "batch": batch}
     folder = pathlib.Path(folder) / _key(target, prompts, settings)
     folder.mkdir(parents=True, exist_ok=True)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    groups = [order[i : i + batch] for i in range(0, len(order), batch)]
+    groups = by_length(prompts, batch)
     engine, params = make_engine(target, None, Sampling(temperature))
     result: list = [None] * len(prompts)
     todo = [g for g in range(len(groups)) if not (folder / f"{g}.npz").is_file()]
@@ -48,11 +47,8 @@ def regenerate(
         for g, members in enumerate(groups):
             path = folder / f"{g}.npz"
             if g in todo:
-                filled = members + members[:1] * (batch - len(members))  # one compiled shape
-                rows = [prompts[i] for i in filled]
-                state = start(engine, params, rows, max_new_tokens, seed=seed + g)
-                new, _ = collect(decoding.run_host(engine, params, state))
-                new = new[: len(members)]
+                rows = [prompts[i] for i in members]
+                new = continued(engine, params, rows, max_new_tokens, seed + g, batch)
                 with replacing(path) as temporary, open(temporary, "wb") as file:
                     np.savez(file, tokens=np.concatenate(new), lengths=[len(t) for t in new])
                 advance()
@@ -61,6 +57,20 @@ def regenerate(
             for i, piece in zip(members, pieces, strict=True):
                 result[i] = (prompts[i] + piece.tolist(), len(prompts[i]))
     return result
+
+
+def by_length(prompts, batch: int) -> list[list[int]]:
+    """Indices of prompts in groups of at most `batch`, the shortest first."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    return [order[i : i + batch] for i in range(0, len(order), batch)]
+
+
+def continued(engine, params, prompts, max_new_tokens, seed, batch) -> list[list[int]]:
+    """New tokens of at most `batch` prompts, decoded together at one compiled shape."""
+    filled = prompts + prompts[:1] * (batch - len(prompts))
+    state = start(engine, params, filled, max_new_tokens, seed=seed)
+    new, _ = collect(decoding.run_host(engine, params, state))
+    return new[: len(prompts)]
 
 
 def pad_rows(
@@ -85,10 +95,14 @@ class Rows:
         if self.count < batch:
             raise ValueError(f"data: {self.count} sequences are fewer than batch_size {batch}")
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """Rows step*size.. of the endless shuffled stream."""
-        picks = []
+    def picks(self, step: int) -> list[int]:
+        """Places step*size.. of the endless shuffled stream."""
+        found = []
         for index in range(step * self.size, (step + 1) * self.size):
             epoch, place = divmod(index, self.count)
-            picks.append(np.random.default_rng((self.seed, epoch)).permutation(self.count)[place])
-        return {name: array[picks] for name, array in self.rows.items()}
+            found.append(np.random.default_rng((self.seed, epoch)).permutation(self.count)[place])
+        return found
+
+    def batch(self, step: int, drafter=None) -> dict[str, np.ndarray]:
+        """The rows of one step, whatever the drafter has become."""
+        return {name: array[self.picks(step)] for name, array in self.rows.items()}

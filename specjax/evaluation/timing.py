@@ -46,11 +46,15 @@ def _fused(engine, params) -> Callable:
 
 
 def time_in_turns(contenders, repeats: int) -> list[float]:
-    """Median milliseconds of the fused round of each (engine, params, state).
+    """Median milliseconds of the fused round of each (engine, params, state)."""
+    return calls_in_turns([(_fused(e, params), state) for e, params, state in contenders], repeats)
+
+
+def calls_in_turns(calls, repeats: int) -> list[float]:
+    """Median milliseconds of each (call, what it consumes), after one call of each to warm up.
 
     They take turns, so that a slow spell of the machine hits all alike.
     """
-    calls = [(_fused(engine, params), state) for engine, params, state in contenders]
     for call, state in calls:
         _ms(call, state)
     return np.median([[_ms(*c) for c in calls] for _ in range(repeats)], axis=0).tolist()

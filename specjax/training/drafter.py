@@ -79,7 +79,7 @@ def train_drafter(
 
     Args:
       cfg: steps, batch_size, optimizer, loss, logging and checkpoint intervals.
-      batch_fn: step -> {"tokens", "supervised"}, host arrays.
+      batch_fn: (step, the drafter by then, None for any) -> {"tokens", "supervised"}, host arrays.
       tree: fields of the drafter that shape the tree it is probed with.
       probe: measures decode-time tau on held-out prompts every `cfg.tau_every` steps.
       folder: the run folder.
@@ -87,41 +87,31 @@ def train_drafter(
       mesh: parameters and batches are sharded over it.
       seed: of gates that sample.
     """
-    definition = drafter.definition
-    trainable, buffers = split_buffers(drafter.params)
-    objective = make_objective(cfg.loss, cfg.steps)
-    step, optimizer = compiled_step(definition, objective, cfg.optimizer.to_json(), cfg.steps)
-    frozen = {
-        "key": jax.random.key(seed),
-        "target": jax.device_put(target.params, sharding.shardings(mesh, target.params)),
-        "buffers": jax.device_put(buffers, sharding.replicated(mesh)),
-    }
-    cost = TrainingCost(0, 0.0)
-    if objective.gate.name == "adaspec":
+    cost, reference, buffers = TrainingCost(0, 0.0), None, split_buffers(drafter.params)[1]
+    if needs_reference(cfg):
         reference, cost = train_drafter(
             target, drafter, reference_config(cfg), batch_fn, tree, probe, folder, metrics,
             f"{label}-reference", mesh, seed,
         )  # fmt: skip
-        frozen["reference"] = split_buffers(reference.params)[0]
-    state = create(trainable, optimizer)
-    state = jax.device_put(state, sharding.shardings(mesh, state))
-
-    def place(step):
-        return jax.device_put(batch_fn(step), sharding.batch_sharding(mesh))
+    step, state, frozen = set_up(target, drafter, cfg, mesh, seed, reference)
 
     def with_params(params):
         params = params | ({"buffers": buffers} if buffers else {})
         return dataclasses.replace(drafter, params=params)
+
+    def place(step, state):
+        rows = batch_fn(step, with_params(state.params))
+        return jax.device_put(rows, sharding.batch_sharding(mesh))
 
     def evaluate(state):
         # The state is donated to the next step: decode with a copy of its parameters.
         params = jax.tree.map(lambda w: jax.device_put(w.copy()), state.params)
         return {"tau": probe(target, with_params(params).with_budget(**tree))}
 
-    rows = batch_fn(0)["tokens"]
+    rows = batch_fn(0, None)["tokens"]
     tokens_per_step = int(rows.shape[0] * rows.shape[1])
     checkpoints = Checkpoints(folder / "checkpoints" / label.replace("/", "-"))
-    flops = (step.lower(state, frozen, place(0)).cost_analysis() or {}).get("flops", 0.0)
+    flops = (step.lower(state, frozen, batch_fn(0, None)).cost_analysis() or {}).get("flops", 0.0)
     started = time.perf_counter()
     state = fit(
         f"train/{label}", state, frozen, step, place, cfg.steps,
@@ -135,6 +125,24 @@ def train_drafter(
     tokens, seconds = cfg.steps * tokens_per_step, time.perf_counter() - started
     cost = TrainingCost(cost.tokens + tokens, cost.seconds + seconds, flops)
     return with_params(state.params), cost
+
+
+def set_up(target, drafter, cfg, mesh, seed=0, reference: TrainedDrafter | None = None):
+    """(compiled step, state before the first one, what it reads besides) on their mesh."""
+    trainable, buffers = split_buffers(drafter.params)
+    objective = make_objective(cfg.loss, cfg.steps)
+    step, optimizer = compiled_step(
+        drafter.definition, objective, cfg.optimizer.to_json(), cfg.steps
+    )
+    frozen = {
+        "key": jax.random.key(seed),
+        "target": jax.device_put(target.params, sharding.shardings(mesh, target.params)),
+        "buffers": jax.device_put(buffers, sharding.replicated(mesh)),
+    }
+    if reference is not None:
+        frozen["reference"] = split_buffers(reference.params)[0]
+    state = create(trainable, optimizer)
+    return step, jax.device_put(state, sharding.shardings(mesh, state)), frozen
 
 
 @functools.lru_cache(maxsize=32)
@@ -154,6 +162,11 @@ def compiled_step(definition, objective: Objective, optimizer_json: str, steps: 
 def split_buffers(params) -> tuple[dict, dict]:
     """(what is trained, constants) of a drafter's parameters."""
     return {k: v for k, v in params.items() if k != "buffers"}, params.get("buffers", {})
+
+
+def needs_reference(cfg: ConfigDict) -> bool:
+    """Whether the gate compares with a reference drafter, trained first."""
+    return cfg.loss.gate == "adaspec"
 
 
 def reference_config(cfg: ConfigDict) -> ConfigDict:

@@ -35,8 +35,8 @@ def fit(
       state: initial state, already placed on its mesh.
       frozen: passed to the step untouched (e.g. the target's parameters).
       step_fn: (state, frozen, batch) -> (state, metrics), see `state.make_step`.
-      batch_fn: step -> batch; a pure function of the step, so that a resumed run sees the same
-        data as an uninterrupted one.
+      batch_fn: (step, state before it) -> batch; a pure function of both, so that a resumed run
+        sees the same data as an uninterrupted one. The state is read there and not kept.
       steps: budget in optimisation steps.
       checkpoints, checkpoint_every: where and how often (0: only at the end).
       metrics, log_every: rows of loss, gradient norm, throughput.
@@ -68,7 +68,7 @@ def fit(
 
     with progress(stage, steps, done) as advance:
         for step in range(done + 1, steps + 1):
-            state, values = step_fn(state, frozen, batch_fn(step - 1))
+            state, values = step_fn(state, frozen, batch_fn(step - 1, state))
             # Fetch step t-1 while step t runs: the device never waits for the host.
             previous = check(*pending) if pending is not None else None
             pending = (step, values)

@@ -90,7 +90,7 @@ def pretrain(config: ConfigDict, folder):
     ):
         windows = Windows(stream, length + 1, config.seed + i)
 
-        def batch_fn(step, windows=windows, size=size, before=before):
+        def batch_fn(step, state, windows=windows, size=size, before=before):
             batch = windows.batch(step - before, size)
             return jax.device_put(jnp.asarray(batch), sharding.batch_sharding(mesh))
 

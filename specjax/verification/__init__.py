@@ -10,11 +10,13 @@ from specjax.verification.recursive import RecursiveRejection
 from specjax.verification.token import Token
 from specjax.verification.traversal import Traversal
 from specjax.verification.typical import Typical
+from specjax.verification.unverified import Unverified
 
 _RULES = {
     rule.name: rule
     for rule in (
-        Greedy, Match, Token, Block, RecursiveRejection, KSeq, Traversal, Typical, Judge,
+        Greedy, Match, Token, Block, RecursiveRejection, KSeq, Traversal,
+        Typical, Judge, Unverified,
     )
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ def loss_fn(params, frozen, batch, step):
 STEP = make_step(loss_fn, OPTIMIZER)
 
 
-def batch(step):
+def batch(step, state=None):
     return jnp.asarray(np.random.default_rng(step).normal(size=5), jnp.float32)
 
 
@@ -51,7 +51,7 @@ class Killed(Exception):
 def test_a_resumed_run_is_bit_identical(tmp_path):
     whole = run(tmp_path / "whole", 10)
 
-    def dies(step):
+    def dies(step, state):
         if step == 7:
             raise Killed
         return batch(step)
@@ -82,7 +82,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(tmp_path, capsys)
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    def poisoned(step):
+    def poisoned(step, state):
         return batch(step) * (jnp.nan if step == 4 else 1.0)
 
     with pytest.raises(FloatingPointError, match="train/x: step 5: loss nan.*checkpoint: step 3"):

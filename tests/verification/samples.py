@@ -30,6 +30,7 @@ RULES = {
     "traversal, top": (get_rule("traversal"), TREES, "top"),
     "typical": (get_rule("typical"), TREES, "top"),
     "judge": (get_rule("judge"), TREES, "top"),
+    "unverified": (get_rule("unverified"), CHAINS + TREES, "top"),
     "judge, token": (get_rule("judge", base="token"), CHAINS, "chains"),
 }  # fmt: skip
 

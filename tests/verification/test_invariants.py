@@ -28,6 +28,7 @@ KINDS = [
     (TRAVERSAL_REPLACED, BUSHY, "with_replacement"),
     (get_rule("typical"), BUSHY, "top"),
     (get_rule("judge"), BUSHY, "top"),
+    (get_rule("unverified"), BUSHY, "top"),
     (get_rule("judge", base="token"), chain(3), "chains"),
 ]
 
