@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.cache import KVCache, causal_cache_mask, compact, empty_cache, tree_cache_mask
-from specjax.drafters.base import Committed, Context, Drafter
+from specjax.drafters.base import Committed, Context, Drafter, Scored
 from specjax.models.config import ModelConfig
 from specjax.models.transformer import forward, logits_of
 from specjax.sampling import Sampling, draw
@@ -75,15 +75,6 @@ def draft(engine: Engine, params, state: DecodeState) -> tuple[DraftTree, Any]:
         )
 
 
-@flax.struct.dataclass
-class Scored:
-    """The target's view of a tree."""
-
-    logits_BxTxV: jax.Array
-    hidden_BxTxD: jax.Array  # the LM head's input
-    taps_BxTxM: jax.Array | None
-
-
 def score(engine: Engine, params, cache: KVCache, tree: DraftTree) -> tuple[Scored, KVCache]:
     """The target's forward over the tree's rows, which it leaves in the cache's scratch slots."""
     topology = engine.drafter.topology
@@ -118,9 +109,11 @@ def truncate(engine: Engine, tokens_BxA, count_B, remaining_B):
     return count_B, (first_stop_B < count_B) | (count_B >= remaining_B)
 
 
-def commit(engine: Engine, state: DecodeState, cache, drafter_state, params, taps, out):
+def commit(
+    engine: Engine, state: DecodeState, cache, drafter_state, params, tree, scored: Scored, out
+):
     """Writes the accepted rows into cache, token buffer and drafter state."""
-    A = engine.drafter.depth + 1
+    A, taps = engine.drafter.depth + 1, scored.taps_BxTxM
     count_B, done_B = truncate(
         engine, out.tokens_A, out.count, state.limits_B - (state.lengths_B - state.prompts_B)
     )
@@ -144,7 +137,9 @@ def commit(engine: Engine, state: DecodeState, cache, drafter_state, params, tap
         if taps is not None:
             taps_BxAxM = jnp.take_along_axis(taps, rows_BxA[..., None], axis=1)
         committed = Committed(out.tokens_A, taps_BxAxM, count_B)
-        drafter_state = engine.drafter.absorb(params["drafter"], drafter_state, committed)
+        drafter_state = engine.drafter.absorb(
+            params["drafter"], drafter_state, committed, tree, scored
+        )
         write = jax.vmap(lambda row, new, n: jax.lax.dynamic_update_slice(row, new, (n,)))
         live_B = ~state.done_B
         return state.replace(
@@ -179,7 +174,7 @@ def round(engine: Engine, params, state: DecodeState) -> DecodeState:
     tree, drafter_state = draft(engine, params, state)
     scored, cache = score(engine, params, state.cache, tree)
     out = verify(engine, state, tree, scored)
-    return commit(engine, state, cache, drafter_state, params, scored.taps_BxTxM, out)
+    return commit(engine, state, cache, drafter_state, params, tree, scored, out)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))

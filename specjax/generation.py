@@ -67,6 +67,11 @@ class TrainedDrafter:
         definition = self.definition.with_budget(**changes)
         return dataclasses.replace(self, definition=definition)
 
+    def after(self, state: decoding.DecodeState) -> "TrainedDrafter":
+        """The drafter after the requests of a finished state, for those that learn from use."""
+        params = self.definition.keep(self.params, state.drafter)
+        return self if params is self.params else dataclasses.replace(self, params=params)
+
     def save(self, folder) -> None:
         """Writes config.json and model.safetensors, each whole or not at all."""
         folder = pathlib.Path(folder)
@@ -201,6 +206,7 @@ class Generation:
     tokens: list[list[int]]  # new tokens only, cut after the first stop token
     texts: list[str]
     accept_lengths: list[list[int]]  # prefill's 1, then tokens emitted by each round
+    drafter: TrainedDrafter | None = None  # as it is afterwards: some learn from use
 
 
 def encode_prompts(target: Target, prompts: Sequence) -> list[list[int]]:
@@ -354,6 +360,9 @@ def generate(
     sampling = Sampling(float(temperature), int(top_k), float(top_p))
     engine, params = make_engine(target, drafter, sampling, stop_tokens, rule)
     state = start(engine, params, encoded, int(max_new_tokens), seed)
-    tokens, accepts = collect(decoding.run_host(engine, params, state))
+    state = decoding.run_host(engine, params, state)
+    tokens, accepts = collect(state)
+    if drafter is not None:
+        drafter = drafter.after(state)
     decode = target.tokenizer.decode if target.tokenizer is not None else lambda ids: ""
-    return Generation(tokens, [decode(ids) for ids in tokens], accepts)
+    return Generation(tokens, [decode(ids) for ids in tokens], accepts, drafter)

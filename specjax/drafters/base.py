@@ -1,4 +1,4 @@
-"""The Drafter protocol: five pure methods over explicit parameters and state.
+"""The Drafter protocol: pure methods over explicit parameters and state.
 
 A drafter is a frozen dataclass: its fields are its configuration, so it is hashable and can be a
 static argument of a jitted round. To add one, write a file with a subclass and list it in
@@ -38,6 +38,15 @@ class Context:
         return jax.vmap(lambda tokens, n: tokens[n - 1])(self.tokens_BxS, self.lengths_B)
 
 
+@flax.struct.dataclass
+class Scored:
+    """The target's view of a draft, row by row of its tree."""
+
+    logits_BxTxV: jax.Array
+    hidden_BxTxD: jax.Array  # the LM head's input
+    taps_BxTxM: jax.Array | None
+
+
 @dataclasses.dataclass(frozen=True)
 class Drafter:
     """Base class; `target` is the geometry that the drafter was made for."""
@@ -68,7 +77,7 @@ class Drafter:
 
     @property
     def taps(self) -> tuple[int, ...]:
-        """Target layers whose inputs it wants, low to high."""
+        """Target layers whose inputs it wants, low to high; `num_layers` is the LM head's input."""
         return ()
 
     @property
@@ -101,9 +110,17 @@ class Drafter:
         """One batched draft and the state after it."""
         raise NotImplementedError
 
-    def absorb(self, params, state, committed: Committed) -> Any:
-        """Takes in what verification committed (A = depth + 1 rows)."""
+    def absorb(self, params, state, committed: Committed, tree: DraftTree, scored: Scored) -> Any:
+        """Takes in what verification committed (A = depth + 1 rows; none where a row is done).
+
+        `tree` and `scored` are all that was drafted and what the target made of it, rejected rows
+        included; what is not read costs nothing.
+        """
         return state
+
+    def keep(self, params, state) -> Any:
+        """Parameters for the next requests: what the drafter learns from use outlives a request."""
+        return params
 
     def drawn(self, kind: str, sampling: Sampling) -> "Drafter":
         """The same drafter drawing its tokens as a rule needs them."""

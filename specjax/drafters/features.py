@@ -66,8 +66,8 @@ class FeatureDrafter(LearnedDrafter):
     def __post_init__(self):
         super().__post_init__()
         L = self.target.num_layers
-        if any(not 0 <= layer < L for layer in self.feature_layers):
-            raise ValueError(f"feature_layers: {self.feature_layers} must lie in [0, {L})")
+        if any(not 0 <= layer <= L for layer in self.feature_layers):
+            raise ValueError(f"feature_layers: {self.feature_layers} must lie in [0, {L}]")
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -125,7 +125,7 @@ class FeatureDrafter(LearnedDrafter):
         )
         return FeatureState(cache.replace(lengths_B=last_B), pending)
 
-    def absorb(self, params, state, committed: Committed) -> FeatureState:
+    def absorb(self, params, state, committed: Committed, tree, scored) -> FeatureState:
         return state.replace(pending=committed)
 
     def extend(self, params, target_params, cache: KVCache, rows: Committed):

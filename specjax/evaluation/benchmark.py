@@ -68,6 +68,7 @@ class Runner:
 
     def __init__(self, target: Target, method: Method, protocol: Protocol, slots: int, length: int):
         self.method, self.protocol, self.slots, self.length = method, protocol, slots, length
+        self.drafter = method.drafter
         self.engine, self.params = make_engine(
             target, method.drafter, protocol.sampling, rule=method.rule
         )
@@ -79,11 +80,17 @@ class Runner:
         )  # fmt: skip
 
     def decode(self, rows: list[list[int]], first_request: int = 0):
-        """(tokens, accept lengths, seconds) of one batch, prefill included."""
+        """(tokens, accept lengths, seconds, drafter afterwards) of one batch, prefill included."""
         started = time.perf_counter()
-        state = self._start(rows, first_request)
-        tokens, accepts = collect(decoding.run_host(self.engine, self.params, state))
-        return tokens, accepts, time.perf_counter() - started
+        state = decoding.run_host(self.engine, self.params, self._start(rows, first_request))
+        tokens, accepts = collect(state)
+        after = None if self.drafter is None else self.drafter.after(state)
+        return tokens, accepts, time.perf_counter() - started, after
+
+    def keep(self, drafter) -> None:
+        """Goes on with what the drafter has learnt from a batch that was decoded."""
+        if drafter is not self.drafter:
+            self.drafter, self.params = drafter, self.params | {"drafter": drafter.params}
 
     def round_costs(self, batches: list[list[list[int]]], repeats: int):
         """(median times over states a few rounds into each batch, flops of the draft and verify)"""
@@ -166,7 +173,8 @@ def benchmark(
                         warm.add(shape)
                     request = turn * len(prompts) + first
                     runs = [runner.decode(rows, request) for _ in range(protocol.repeats)]
-                    tokens, accepts, _ = runs[0]
+                    tokens, accepts, _, after = runs[0]
+                    runner.keep(after)  # only now: a repeat must not know the answer
                     seconds = tuple(run[2] / len(rows) for run in runs)
                     for p, row, new, lengths in zip(group, rows, tokens, accepts, strict=True):
                         text = target.tokenizer.decode(new)

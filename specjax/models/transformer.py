@@ -113,15 +113,17 @@ def forward(
       mask: BxTxT (no cache) or BxTxS (cache) booleans, True = visible; causal when absent and
         no cache is given.
       cache: rows are written at slots lengths..lengths+T and the mask addresses slots.
-      taps: ids of layers whose input is returned, in order, concatenated on the last axis.
+      taps: ids of layers whose input is returned, in order, concatenated on the last axis;
+        `num_layers` is the LM head, whose input is the final-normed hidden state.
       remat: recompute each layer in the backward pass.
 
     Raises:
       ValueError: a cache without a mask, or a tap that is no layer's id.
     """
     B, T = tokens_BxT.shape
-    if any(not 0 <= tap < config.num_layers for tap in taps):
-        raise ValueError(f"taps: {tuple(taps)} must lie in [0, {config.num_layers})")
+    if any(not 0 <= tap <= config.num_layers for tap in taps):
+        raise ValueError(f"taps: {tuple(taps)} must lie in [0, {config.num_layers}]")
+    inner = tuple(tap for tap in taps if tap < config.num_layers)
     if positions_BxT is None:
         positions_BxT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     if mask is None:
@@ -141,11 +143,13 @@ def forward(
         x = params["embed"][tokens_BxT]
         rope = rope_tables(config, positions_BxT)
         if isinstance(params["layers"], (list, tuple)):
-            x, cache, tapped = _unrolled(run, params["layers"], x, cache, taps)
+            x, cache, tapped = _unrolled(run, params["layers"], x, cache, inner)
         else:
-            x, cache, tapped = _scanned(run, params["layers"], x, cache, taps)
+            x, cache, tapped = _scanned(run, params["layers"], x, cache, inner)
         hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)
-    return ForwardOut(hidden, jnp.concatenate(tapped, axis=-1) if taps else None, cache)
+    entering = dict(zip(inner, tapped, strict=True)) | {config.num_layers: hidden}
+    taps_BxTxM = jnp.concatenate([entering[tap] for tap in taps], axis=-1) if taps else None
+    return ForwardOut(hidden, taps_BxTxM, cache)
 
 
 def _unrolled(run, layers, x, cache, taps):

@@ -94,8 +94,8 @@ class OnlineTrainer:
             part = generate(self.target, [prompt], self.drafter, **settings)
             parts.append(part)
             self.record(prompt, part.tokens[0], part.accept_lengths[0])
-        fields = [f.name for f in dataclasses.fields(Generation)]
-        return Generation(**{f: [getattr(p, f)[0] for p in parts] for f in fields})
+        each = {f: [getattr(p, f)[0] for p in parts] for f in ("tokens", "texts", "accept_lengths")}
+        return Generation(**each, drafter=self.drafter)
 
     def record(self, prompt: list[int], tokens: list[int], accept_lengths: list[int]) -> bool:
         """Takes in one answer; updates the drafter at every `interval`-th, and says whether."""

@@ -259,7 +259,7 @@ def test_layers_may_be_thinner_than_the_target_s():
         ("draft_depth", 8),
         ("draft_depth", -1),
         ("draft_vocab_size", 13),
-        ("feature_layers", (0, 3)),
+        ("feature_layers", (0, 4)),
     ],
 )
 def test_bad_fields_are_named(field, value):

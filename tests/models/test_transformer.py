@@ -195,6 +195,16 @@ def test_scanned_layers_equal_unrolled_ones(model):
     assert caches["scanned"].slots == caches["unrolled"].slots == SLOTS
 
 
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+def test_the_last_tap_is_the_lm_head_s_input(model, form):
+    config, params = model
+    tokens, D = random_tokens(2, 4, seed=3), config.hidden_size
+    out = forward(params[form], config, tokens, taps=(config.num_layers, 1))
+    np.testing.assert_array_equal(out.taps_BxTxM[..., :D], out.hidden_BxTxD)
+    below = forward(params[form], config, tokens, taps=(1,)).taps_BxTxM
+    np.testing.assert_allclose(out.taps_BxTxM[..., D:], below, **CLOSE)
+
+
 def test_rematerialisation_gives_the_same_gradients(model):
     config, params = model
     tokens = random_tokens(2, 8, seed=9)
@@ -235,6 +245,6 @@ def test_errors(model):
     with pytest.raises(ValueError, match="mask"):
         forward(params["unrolled"], config, tokens, cache=empty_cache(config, 1, 8))
     for form in params:
-        for tap in (3, -1):
+        for tap in (4, -1):
             with pytest.raises(ValueError, match=f"taps.*{tap}"):
                 forward(params[form], config, tokens, taps=(0, tap))
