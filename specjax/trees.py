@@ -139,21 +139,26 @@ def backbone(depth: int, candidates: int) -> Topology:
 def paths(static_paths) -> Topology:
     """A tree from rank paths, e.g. [(0,), (1,), (0, 0)]: each is a node, and so are its prefixes.
 
-    Rows are ordered by depth, then rank path.
+    Rows are those of `rank_paths`, after the root.
 
     Raises:
       ValueError: no path at all, or a rank that is not a whole number >= 0.
     """
+    order = [(), *rank_paths(static_paths)]
+    row = {p: i for i, p in enumerate(order)}
+    return Topology(tuple(-1 if not p else row[p[:-1]] for p in order))
+
+
+def rank_paths(static_paths) -> list[tuple[int, ...]]:
+    """The paths and all their prefixes, ordered by depth, then path: row i + 1 is entry i."""
     static_paths = [tuple(path) for path in static_paths]
     if not any(static_paths):
         raise ValueError("paths: no path is given")
     for path in static_paths:
         if not all(isinstance(rank, int) and rank >= 0 for rank in path):
             raise ValueError(f"paths: {path} must hold ranks, whole numbers from 0")
-    nodes = {p[:i] for p in static_paths for i in range(len(p) + 1)}
-    order = sorted(nodes, key=lambda p: (len(p), p))
-    row = {p: i for i, p in enumerate(order)}
-    return Topology(tuple(-1 if not p else row[p[:-1]] for p in order))
+    nodes = {p[:i] for p in static_paths for i in range(1, len(p) + 1)}
+    return sorted(nodes, key=lambda p: (len(p), p))
 
 
 def visible_from_parents(parent_T, max_depth: int):
@@ -177,3 +182,37 @@ def children_from_parents(parent_T, width: int):
         jnp.max(jnp.where(is_child_TxT & (rank_TxT == c), rows, -1), axis=1) for c in range(width)
     ]
     return jnp.stack(slots, axis=1)
+
+
+def tree_of(root_B, token_BxM, parent_BxM, depth: int, width: int) -> DraftTree:
+    """A DraftTree from drafted rows 1.. in topological order, at most `width` children a node."""
+    B, M = token_BxM.shape
+    tokens_BxT = jnp.concatenate([root_B[:, None], token_BxM], axis=1)
+    parent_BxT = jnp.concatenate([jnp.full((B, 1), -1, jnp.int32), parent_BxM], axis=1)
+    # Depth by walking up: after d steps a node of depth d stands at the root's parent.
+    depth_BxT, at = jnp.zeros((B, M + 1), jnp.int32), parent_BxT
+    for _ in range(depth):
+        depth_BxT = depth_BxT + (at >= 0)
+        at = jnp.where(at >= 0, jnp.take_along_axis(parent_BxT, jnp.maximum(at, 0), axis=1), -1)
+    child_BxTxC = jax.vmap(lambda p: children_from_parents(p, width))(parent_BxT)
+    valid_BxT = jnp.ones((B, M + 1), bool)
+    return DraftTree(tokens_BxT, parent_BxT, child_BxTxC, depth_BxT, valid_BxT)
+
+
+def best_of_pool(root_B, score_BxM, token_BxM, parent_BxM, nodes: int, depth: int, width: int):
+    """The tree of the `nodes` - 1 best nodes of a pool, in creation order.
+
+    Args:
+      root_B: the root's tokens.
+      score_BxM: cumulative log-probabilities: a child never outscores its parent, and ties go to
+        the earlier node, so what is kept is closed under ancestors.
+      token_BxM, parent_BxM: of each node; parents are places in the pool, -1 the root.
+      nodes, depth, width: rows of the tree, its deepest level, most children of a node.
+    """
+    _, kept = jax.lax.top_k(score_BxM, nodes - 1)
+    kept = jnp.sort(kept, axis=1)  # creation order: parents before children
+    token = jnp.take_along_axis(token_BxM, kept, axis=1)
+    parent = jnp.take_along_axis(parent_BxM, kept, axis=1)
+    row_of_parent = jnp.argmax(kept[:, None, :] == parent[..., None], axis=-1) + 1
+    parent = jnp.where(parent < 0, 0, row_of_parent)
+    return tree_of(root_B, token, parent.astype(jnp.int32), depth, width)

@@ -4,8 +4,11 @@ from specjax.drafters.base import Committed, Context, Drafter, Vanilla
 from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.eagle3 import Eagle3
 from specjax.drafters.fasteagle import FastEagle
+from specjax.drafters.fasteagle_x import FastEagleX
 
-DRAFTERS: dict[str, type[Drafter]] = {d.name: d for d in (FastEagle, Eagle3, DraftModel)}
+DRAFTERS: dict[str, type[Drafter]] = {
+    d.name: d for d in (FastEagle, FastEagleX, Eagle3, DraftModel)
+}
 
 
 def drafter_names() -> tuple[str, ...]:

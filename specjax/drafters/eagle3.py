@@ -24,7 +24,7 @@ from specjax.drafters.features import (
 from specjax.drafters.proposals import KINDS, beam_step, draw_children, log_law
 from specjax.models.transformer import head_VxD
 from specjax.sampling import argmax
-from specjax.trees import DraftTree, Topology, branching, chain, children_from_parents
+from specjax.trees import Topology, best_of_pool, branching, chain, tree_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,8 +215,7 @@ class Eagle3(FeatureDrafter):
     def _draft_tree(self, params, target_params, cache, x_BxD, root_B):
         """EAGLE-2: expand the K best nodes of each level, then keep the best T - 1 of the pool.
 
-        Scores are cumulative log-probabilities at temperature 1. A child never outscores its
-        parent and ties go to the earlier node, so what is kept is closed under ancestors.
+        Scores are cumulative log-probabilities at temperature 1.
         """
         B, D = x_BxD.shape
         K, R = self.top_k, (self.depth - 1) * self.top_k
@@ -256,13 +255,7 @@ class Eagle3(FeatureDrafter):
                 visible_BxKxR = jnp.take_along_axis(visible_BxKxR, came_from[..., None], axis=1)
             size += K * K
         score, token, parent = (jnp.concatenate(part, axis=1) for part in (scores, tokens, parents))
-        _, kept = jax.lax.top_k(score, self.nodes - 1)
-        kept = jnp.sort(kept, axis=1)  # creation order: parents before children
-        token = jnp.take_along_axis(token, kept, axis=1)
-        parent = jnp.take_along_axis(parent, kept, axis=1)
-        row_of_parent = argmax(kept[:, None, :] == parent[..., None]) + 1
-        parent = jnp.where(parent < 0, 0, row_of_parent)
-        return _dynamic_tree(root_B, token, parent.astype(jnp.int32), self.depth, K), cache
+        return best_of_pool(root_B, score, token, parent, self.nodes, self.depth, K), cache
 
     def _draft_sampled(self, params, target_params, cache, x_BxD, root_B, keys_B):
         """Draws the tree level by level, with the law behind every row's children.
@@ -324,20 +317,5 @@ class Eagle3(FeatureDrafter):
         if self._counts:
             return self.topology.draft(jnp.concatenate(tokens, axis=1), law_BxTxV), cache
         token, parent = jnp.concatenate(tokens[1:], axis=1), jnp.concatenate(parents, axis=1)
-        tree = _dynamic_tree(root_B, token, parent.astype(jnp.int32), depth, widths[-1])
+        tree = tree_of(root_B, token, parent.astype(jnp.int32), depth, widths[-1])
         return tree.replace(valid_T=jnp.concatenate(valid, axis=1), law_TxV=law_BxTxV), cache
-
-
-def _dynamic_tree(root_B, token_BxM, parent_BxM, depth: int, width: int) -> DraftTree:
-    """A DraftTree from drafted rows 1.. in topological order."""
-    B, M = token_BxM.shape
-    tokens_BxT = jnp.concatenate([root_B[:, None], token_BxM], axis=1)
-    parent_BxT = jnp.concatenate([jnp.full((B, 1), -1, jnp.int32), parent_BxM], axis=1)
-    # Depth by walking up: after d steps a node of depth d stands at the root's parent.
-    depth_BxT, at = jnp.zeros((B, M + 1), jnp.int32), parent_BxT
-    for _ in range(depth):
-        depth_BxT = depth_BxT + (at >= 0)
-        at = jnp.where(at >= 0, jnp.take_along_axis(parent_BxT, jnp.maximum(at, 0), axis=1), -1)
-    child_BxTxC = jax.vmap(lambda p: children_from_parents(p, width))(parent_BxT)
-    valid_BxT = jnp.ones((B, M + 1), bool)
-    return DraftTree(tokens_BxT, parent_BxT, child_BxTxC, depth_BxT, valid_BxT)

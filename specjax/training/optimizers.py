@@ -38,6 +38,8 @@ _KERNELS = {
     "sampling/gate": ((-2,), (-1,)),
     "sampling/up": ((-2,), (-1,)),
     "sampling/down": ((-2,), (-1,)),
+    "shift_down": ((-2,), (-1,)),  # FastEagle X
+    "shift_up": ((-2,), (-1,)),
 }
 
 

@@ -36,6 +36,11 @@ VARIANTS = {
         "chain": dict(num_layers=3),
         "backbone": dict(num_layers=3, candidates=3, entry="wide_qkv"),
     },
+    "fasteagle_x": {
+        "backbone": dict(num_layers=3, candidates=3, rank=4),
+        "paths": dict(num_layers=3, rank=4, paths=((0,), (1,), (2,), (0, 0), (1, 0), (0, 0, 0))),
+        "grown": dict(num_layers=3, candidates=3, rank=4, total_nodes=9),
+    },
     "eagle3": {
         "chain": dict(steps=3),
         "tree": dict(steps=3, top_k=3, total_nodes=9),
