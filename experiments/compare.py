@@ -1,6 +1,7 @@
 """Train every drafter of a config for one target, decode with all of them, write the run folder."""
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import platform
@@ -23,6 +24,7 @@ from specjax.evaluation.benchmark import (
     shared_shapes,
 )
 from specjax.evaluation.calibrate import calibrate
+from specjax.evaluation.rank_paths import best_paths
 from specjax.evaluation.report import write_report
 from specjax.evaluation.results import read_results, result_row, write_results
 from specjax.evaluation.spec_bench import answers_name, write_answers
@@ -156,7 +158,7 @@ def prepare(config: ConfigDict, folder) -> Bench:
         for task in config.eval.tasks
     }
     variants = [
-        Method(name, drafter.with_budget(**budget))
+        Method(name, drafter.with_budget(**any_paths(budget)))
         for name, drafter in init_all(config, target, rows, config.seed).items()
         for budget in budgets_of(config.drafters[name])
     ]
@@ -189,8 +191,36 @@ def init_all(config, target, rows, seed: int) -> dict:
 
 
 def budgets_of(cfg: ConfigDict) -> list[dict]:
-    """Every tree a drafter may be run with, the shared one first."""
+    """Every tree a drafter may be run with, the shared one first.
+
+    A budget is fields of the drafter; `best_nodes` asks for the rank paths that pay best with so
+    many rows, which are known after training only.
+    """
     return [cfg.tree.to_dict(), *(dict(b) for b in cfg.budgets)]
+
+
+def any_paths(budget: dict) -> dict:
+    """The budget with some paths of the size that `best_nodes` asks for, to size caches by."""
+    if "best_nodes" not in budget:
+        return budget
+    every = (path for depth in (1, 2, 3) for path in itertools.product(range(8), repeat=depth))
+    paths = itertools.islice(every, budget["best_nodes"] - 1)
+    return without_paths(budget) | {"paths": tuple(paths)}
+
+
+def without_paths(budget: dict) -> dict:
+    """The budget as far as it is known before training."""
+    return {k: v for k, v in budget.items() if k != "best_nodes"}
+
+
+def with_best_paths(bench: "Bench", drafter, budget: dict) -> dict:
+    """The budget with the paths that `best_nodes` asks for, counted on training text."""
+    if "best_nodes" not in budget:
+        return budget
+    rows = {k: v[:64] for k, v in bench.train_rows.items()}
+    paths, tau = best_paths(bench.target, drafter, rows, budget["best_nodes"])
+    say(f"{drafter.name}: best tree of {budget['best_nodes']} rows, tau {tau:.2f} on training text")
+    return without_paths(budget) | {"paths": paths}
 
 
 def train_config(config: ConfigDict, name: str) -> ConfigDict:
@@ -223,10 +253,11 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
         )
         cfg, tree = train_config(config, name), config.drafters[name].tree.to_dict()
         drafter, cost = train_drafter(
-            target, drafter, cfg, batches(bench, name, cfg, seed, within), tree, probe,
-            bench.folder, bench.metrics, "/".join(filter(None, (name, within))), bench.mesh, seed,
+            target, drafter, cfg, batches(bench, name, cfg, seed, within), without_paths(tree),
+            probe, bench.folder, bench.metrics, "/".join(filter(None, (name, within))),
+            bench.mesh, seed,
         )  # fmt: skip
-        drafter = drafter.with_budget(**tree)
+        drafter = drafter.with_budget(**with_best_paths(bench, drafter, tree))
         drafter.save(bench.folder / "drafters" / within / name)
         methods.append(Method(name, drafter, cost, config.eval.rule or None))
     return methods
@@ -237,7 +268,10 @@ def calibrated(bench: Bench, methods) -> tuple[list[Method], list[str]]:
     cfg, best, notes = bench.config.calibrate, [], []
     probe = probe_of(bench, bench.train_prompts[: cfg.prompts], cfg.max_new_tokens)
     for method in methods:
-        budgets = budgets_of(bench.config.drafters[method.name])
+        budgets = [
+            with_best_paths(bench, method.drafter, budget)
+            for budget in budgets_of(bench.config.drafters[method.name])
+        ]
         trials = calibrate(bench.target, method.drafter, budgets, probe, method.name)
         lines = [
             f"{t.budget} -> {t.nodes} rows, tau {t.tau:.2f}, {t.round_ms:.2f} ms" for t in trials

@@ -130,6 +130,10 @@ def init_drafter(
     if "folder" in config:
         fields, params = _family(name).load(target, config.pop("folder"))
         definition = _definition(name, target.config, config | fields)
+        like = jax.eval_shape(lambda p: definition.init(jax.random.key(0), p), target.params)
+        if "buffers" in like:  # what a folder's model does not have
+            fresh = _init(definition, jax.random.key(seed), target.params)
+            params = params | {"buffers": fresh["buffers"]}
         return TrainedDrafter(definition, params, target.fingerprint)
     definition = _definition(name, target.config, config)
     params = _init(definition, jax.random.key(seed), target.params)

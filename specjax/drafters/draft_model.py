@@ -7,11 +7,15 @@ The cache holds the model's keys and values of committed tokens. A round feeds t
 then each drafted token but the last: after a draft that was accepted whole its last token has not
 been fed yet, and feeding a token again that was writes the same row. Nothing is rolled back, since
 slots past the committed length are scratch.
+
+Adaptive length (`stop`): a row whose policy says stop drafts no further, its later tree rows are
+invalid, and drafting ends when every row of the batch has stopped.
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -19,12 +23,26 @@ from specjax.cache import KVCache, causal_cache_mask, empty_cache
 from specjax.data.tokenizer import load_tokenizer
 from specjax.drafters.learned import LearnedDrafter
 from specjax.drafters.proposals import KINDS, draw_children, log_law
+from specjax.drafters.stopping import POLICIES, acceptance_logit, init_head
 from specjax.models.config import ModelConfig, read_config
 from specjax.models.hf import load_params
 from specjax.models.target import resolve_folder
 from specjax.models.transformer import forward, head_VxD, init_params
 from specjax.sampling import argmax
 from specjax.trees import Topology, chain
+
+
+@flax.struct.dataclass
+class _Chain:
+    """A draft in the making."""
+
+    cache: KVCache
+    hidden_BxD: jax.Array  # after the newest token fed
+    tokens_BxT: jax.Array
+    valid_BxT: jax.Array
+    alive_B: jax.Array  # whether the row drafts on
+    survive_B: jax.Array  # predicted probability that nothing fed so far is rejected
+    law_BxTxV: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +58,23 @@ class DraftModel(LearnedDrafter):
     intermediate_size: int = 0
     num_heads: int = 0
     num_kv_heads: int = 0
+    stop: str = "fixed"  # one of `stopping.POLICIES`
+    # "confidence": stop after a token less probable than this; "specdec": when a rejection is more
+    # probable than this
+    threshold: float = 0.3
+    min_depth: int = 1  # tokens drafted whatever the policy says
     own_model: ModelConfig | None = None  # geometry of a model that was loaded; overrides the rest
 
     def __post_init__(self):
         super().__post_init__()
         if self.draft_depth < 1 or self.num_layers < 1:
             raise ValueError("draft_depth, num_layers: must be at least 1")
+        if self.stop not in POLICIES:
+            raise ValueError(f"stop: {self.stop!r} is unknown; one of {POLICIES}")
+        if not 1 <= self.min_depth <= self.draft_depth:
+            raise ValueError(
+                f"min_depth: {self.min_depth} must be in [1, draft_depth={self.draft_depth}]"
+            )
         if self.draft_vocab_size:
             raise ValueError("draft_vocab_size: a draft model reads out its whole vocabulary")
         if self.model.vocab_size != self.target.vocab_size:
@@ -101,6 +130,9 @@ class DraftModel(LearnedDrafter):
         for name in {"embed", "head"} & set(params) & set(target_params):
             if params[name].shape == target_params[name].shape:
                 params[name] = target_params[name].astype(jnp.float32)
+        if self.stop == "specdec":  # fitted after the model, which stays as it is
+            head = init_head(jax.random.fold_in(key, 1), self.model.hidden_size)
+            params["buffers"] = {"acceptance": head}
         return params
 
     def init_state(self, batch: int, slots: int, dtype) -> KVCache:
@@ -121,30 +153,76 @@ class DraftModel(LearnedDrafter):
         return out.hidden_BxTxD, out.cache
 
     def draft(self, params, target_params, state, context, key):
+        B, T = context.lengths_B.shape[0], self.nodes
         start_B = context.lengths_B - 2  # a prompt and its first new token: never below 0
         last = jax.vmap(lambda row, n: jax.lax.dynamic_slice(row, (n,), (2,)))
-        rows = last(context.tokens_BxS, start_B)
-        hidden, state = self._feed(params, state, rows, start_B)
-        tokens, laws = [context.root_B()[:, None]], []
-        for level in range(1, self.depth + 1):
-            logits = self.logits(params, target_params, hidden[:, -1:])
-            if self.proposal.sampled:
-                law_Bx1xV = log_law(logits, self.proposal.sampling)
-                keys_B = jax.vmap(lambda k, at=level: jax.random.fold_in(k, at))(key)
-                draw = lambda k, q: draw_children(k, q[0], 1, self.proposal.kind)  # noqa: E731
-                tokens.append(jax.vmap(draw)(keys_B, law_Bx1xV))
-                laws.append(law_Bx1xV)
-            else:
-                tokens.append(argmax(logits))
-            if level < self.depth:
-                with jax.named_scope(f"step_{level}"):
-                    hidden, state = self._feed(params, state, tokens[-1], start_B + 1 + level)
+        hidden, cache = self._feed(params, state, last(context.tokens_BxS, start_B), start_B)
         law_BxTxV = None
-        if laws:  # the deepest row has no children; its law is any
-            law_BxTxV = jnp.concatenate([*laws, laws[-1]], axis=1)
+        if self.proposal.sampled:  # the deepest row has no children; its law is any
+            law_BxTxV = jnp.full((B, T, self.target.vocab_size), -jnp.inf)
+        root = jnp.arange(T) == 0
+        draft = _Chain(
+            cache,
+            hidden[:, -1],
+            jnp.where(root, context.root_B()[:, None], 0),
+            jnp.broadcast_to(root, (B, T)),
+            jnp.ones(B, bool),
+            jnp.ones(B),
+            law_BxTxV,
+        )
+        draft = self._draw(params, target_params, draft, 1, key)
+
+        def step(level, draft):
+            token_Bx1 = jax.lax.dynamic_slice_in_dim(draft.tokens_BxT, level, 1, axis=1)
+            with jax.named_scope("step"):
+                hidden, cache = self._feed(params, draft.cache, token_Bx1, start_B + 1 + level)
+            draft = draft.replace(hidden_BxD=hidden[:, 0], cache=cache)
+            return self._draw(params, target_params, draft, level + 1, key)
+
+        if self.stop == "fixed":
+            for level in range(1, self.depth):
+                draft = step(level, draft)
+        else:
+            _, draft = jax.lax.while_loop(
+                lambda carry: (carry[0] < self.depth) & jnp.any(carry[1].alive_B),
+                lambda carry: (carry[0] + 1, step(*carry)),
+                (jnp.int32(1), draft),
+            )
+        tree = self.topology.draft(draft.tokens_BxT, draft.law_BxTxV)
         # Committed rows that are final: all but the last two, which the next round feeds again.
-        state = state.replace(lengths_B=start_B)
-        return self.topology.draft(jnp.concatenate(tokens, axis=1), law_BxTxV), state
+        return tree.replace(valid_T=draft.valid_BxT), draft.cache.replace(lengths_B=start_B)
+
+    def _draw(self, params, target_params, draft: _Chain, level, keys_B) -> _Chain:
+        """Draws token `level` where the row is alive, and decides where it drafts on."""
+        logits_BxV = self.logits(params, target_params, draft.hidden_BxD[:, None])[:, 0]
+        law_BxTxV = draft.law_BxTxV
+        if self.proposal.sampled:
+            law_BxV = log_law(logits_BxV, self.proposal.sampling)
+            draw = lambda k, q: draw_children(  # noqa: E731
+                jax.random.fold_in(k, level), q, 1, self.proposal.kind
+            )[0]
+            token_B = jax.vmap(draw)(keys_B, law_BxV)
+            law_BxTxV = law_BxTxV.at[:, level - 1].set(law_BxV)
+        else:
+            token_B = argmax(logits_BxV)
+        alive_B, survive_B = draft.alive_B, draft.survive_B
+        if self.stop == "confidence":
+            own_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
+            logp_B = own_B - jax.nn.logsumexp(logits_BxV, axis=-1)
+            alive_B &= (jnp.exp(logp_B) >= self.threshold) | (level < self.min_depth)
+        if self.stop == "specdec":
+            # The state has read token level - 1 (the root at level 1, which is never in doubt).
+            head = params["buffers"]["acceptance"]
+            accept_B = jax.nn.sigmoid(acceptance_logit(head, draft.hidden_BxD))
+            survive_B = jnp.where(level > 1, survive_B * accept_B, survive_B)
+            alive_B &= (1 - survive_B <= self.threshold) | (level < self.min_depth)
+        return draft.replace(
+            tokens_BxT=draft.tokens_BxT.at[:, level].set(token_B),
+            valid_BxT=draft.valid_BxT.at[:, level].set(draft.alive_B),
+            alive_B=alive_B,
+            survive_B=survive_B,
+            law_BxTxV=law_BxTxV,
+        )
 
     # ---- training ----------------------------------------------------------------------------
 

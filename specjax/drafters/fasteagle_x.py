@@ -12,7 +12,7 @@ are shifted, which costs a gather of their head rows. Drawn trees (temperature a
 laws and read the head once a level.
 
 The tree is static, FastEagle's backbone or any `paths` of ranks
-(`evaluation.calibrate.best_paths` finds the best ones on training text), or, with `total_nodes`,
+(`evaluation.rank_paths.best_paths` finds the best ones on training text), or, with `total_nodes`,
 grown best first every round (as DDTree, arXiv 2604.12989, does from the marginals).
 """
 

@@ -37,6 +37,27 @@ def method_colours(rows: Sequence[dict]) -> dict[str, str]:
 
 def draw_tau(rows: Sequence[dict]) -> str:
     """tau with its interval, a line per setting, a colour per method, its break-even a bar."""
+
+    def finish(axes):
+        axes.plot([], [], "|", color=INK, markersize=13, label="break-even tau")
+        axes.set_xlim(left=min(0.9, axes.get_xlim()[0]))
+        axes.set_xlabel("tau, tokens per round")
+
+    return _by_setting(rows, "tau", "break_even_tau", finish, "tau by method and setting")
+
+
+def draw_speedups(rows: Sequence[dict]) -> str:
+    """Speedup with its interval, a line per setting, a colour per method."""
+
+    def finish(axes):
+        axes.axvline(1, color=INK, linewidth=1, linestyle="--", alpha=0.6, label="vanilla's speed")
+        axes.set_xlabel("speedup over vanilla")
+
+    return _by_setting(rows, "speedup", None, finish, "speedup by method and setting")
+
+
+def _by_setting(rows, value: str, threshold: str | None, finish: Callable, label: str) -> str:
+    """A value with its interval, a group of lines per setting; `threshold` is marked by a bar."""
     rows = _drafted(rows)
     settings, methods = _unique(map(setting, rows)), _unique(row["method"] for row in rows)
 
@@ -45,18 +66,35 @@ def draw_tau(rows: Sequence[dict]) -> str:
             lane = (methods.index(row["method"]) + 0.5) / len(methods) - 0.5
             y = settings.index(setting(row)) + 0.7 * lane
             style = {"color": row["colour"], "linewidth": 2}
-            axes.plot(row["tau_ci95"], [y, y], **style)
-            axes.plot(row["tau"], y, row["marker"], label=row["label"], **style)
-            axes.plot(row["break_even_tau"], y, "|", markersize=13, **style)
-        axes.plot([], [], "|", color=INK, markersize=13, label="break-even tau")
+            axes.plot(row[f"{value}_ci95"], [y, y], **style)
+            axes.plot(row[value], y, row["marker"], label=row["label"], **style)
+            if threshold:
+                axes.plot(row[threshold], y, "|", markersize=13, **style)
         axes.set_yticks(range(len(settings)), map(_short, settings))
         axes.set_ylim(len(settings) - 0.5, -0.5)
-        axes.set_xlim(left=min(0.9, axes.get_xlim()[0]))
-        axes.set_xlabel("tau, tokens per round")
+        finish(axes)
         _grid(axes, "x")
 
     lines = len(settings) * max(len(methods), 2)
-    return _svg(paint, 1.3 + 0.22 * lines, "tau by method and setting")
+    return _svg(paint, 1.3 + 0.22 * lines, label)
+
+
+def draw_cost(rows: Sequence[dict]) -> str:
+    """tau over what a draft costs, in steps of plain decoding: the upper left is where to be."""
+    vanilla = {setting(row): row["round_ms"] for row in rows if row["method"] == VANILLA}
+    rows = [row for row in _drafted(rows) if vanilla.get(setting(row))]
+
+    def paint(axes):
+        for row in rows:
+            cost = row["draft_ms"] / vanilla[setting(row)]
+            axes.plot([cost, cost], row["tau_ci95"], color=row["colour"], linewidth=2, alpha=0.6)
+            axes.plot(cost, row["tau"], row["marker"], color=row["colour"], label=row["label"])
+        axes.set_xlim(left=0)
+        axes.set_xlabel("draft, in steps of plain decoding")
+        axes.set_ylabel("tau, tokens per round")
+        _grid(axes, "both")
+
+    return _svg(paint, 3.8, "tau over draft cost")
 
 
 def draw_acceptance(rows: Sequence[dict], name: str) -> str:

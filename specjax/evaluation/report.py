@@ -167,7 +167,9 @@ def _result_figures(rows: Sequence[dict]) -> str:
     return _grid(
         [
             _figure("tau", figures.draw_tau(rows)),
+            _figure("Speedup", figures.draw_speedups(rows)),
             _figure("Speedup over tau", figures.draw_speedup(rows)),
+            _figure("tau over what a draft costs", figures.draw_cost(rows)),
             _figure("Where a round's time goes", figures.draw_rounds(rows)),
             *acceptance,
         ]

@@ -12,8 +12,10 @@ import specjax
 from specjax.data.tokenizer import save_tokenizer, train_bpe
 from specjax.drafters import Context
 from specjax.generation import make_engine, start
+from specjax.models import transformer
 from specjax.models.hf import save_target
 from specjax.models.target import Target
+from specjax.training.acceptance import _states_and_labels, fit_acceptance, weighted_loss
 
 DEPTH = 3
 
@@ -104,3 +106,121 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
     specjax.init_drafter("draft_model", target, folder=tmp_path / "ours")
     with pytest.raises(ValueError, match="theirs/tokenizer.json: not the target's vocabulary"):
         specjax.init_drafter("draft_model", target, folder=tmp_path / "theirs")
+
+
+# ---- adaptive length -----------------------------------------------------------------------------
+
+
+def lengths_of(target, drafter, **stop):
+    """Valid tokens of the first draft of each prompt."""
+    engine, params = make_engine(target, drafter.with_budget(**stop), stop_tokens=())
+    state = start(engine, params, PROMPTS, 20)
+    context = Context(state.tokens_BxS, state.lengths_B)
+    tree, _ = jax.jit(engine.drafter.draft)(
+        params["drafter"], target.params, state.drafter, context, None
+    )
+    valid = np.asarray(tree.valid_T)
+    assert (np.diff(valid.astype(int), axis=1) <= 0).all()  # closed under ancestors
+    return valid.sum(axis=1) - 1
+
+
+def test_a_threshold_out_of_reach_is_a_fixed_length(target, drafter):
+    always = lengths_of(target, drafter, draft_depth=5, stop="confidence", threshold=0.0)
+    never = lengths_of(
+        target, drafter, draft_depth=5, stop="confidence", threshold=1.1, min_depth=2
+    )
+    assert (always == 5).all() and (never == 2).all()
+
+
+def test_confidence_stops_after_the_first_doubtful_token(target, drafter):
+    model = Target("draft", drafter.definition.model, drafter.params, None)
+    for threshold in (0.15, 0.2, 0.3):
+        found = lengths_of(target, drafter, draft_depth=5, stop="confidence", threshold=threshold)
+        for prompt, length in zip(PROMPTS, found, strict=True):
+            text = prompt + specjax.generate(target, [prompt], None, 1).tokens[0]
+            expected = 0
+            while expected < 5:
+                probs = jax.nn.softmax(model.logits(np.array([text]))[0, -1])
+                text, expected = [*text, int(probs.argmax())], expected + 1
+                if probs.max() < threshold:
+                    break
+            assert length == expected
+
+
+@pytest.fixture(scope="module")
+def judged(target):
+    return specjax.init_drafter("draft_model", target, draft_depth=6, stop="specdec")
+
+
+def constant_head(drafter, accept):
+    """The same drafter with a head that predicts one acceptance whatever it reads."""
+    head = jax.tree.map(jnp.zeros_like, drafter.params["buffers"]["acceptance"])
+    head["readout"]["bias"] += np.log(accept / (1 - accept))
+    buffers = drafter.params["buffers"] | {"acceptance": head}
+    return dataclasses.replace(drafter, params=drafter.params | {"buffers": buffers})
+
+
+@pytest.mark.parametrize("accept", [0.5, 0.8, 0.93])
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.6])
+def test_specdec_stops_when_a_rejection_has_become_likely(target, judged, accept, threshold):
+    """1 - a^i over the i tokens that were read; the token drawn meanwhile is kept."""
+    found = lengths_of(target, constant_head(judged, accept), threshold=threshold)
+    likely = [i for i in range(1, 6) if 1 - accept**i > threshold]
+    assert (found == (likely[0] + 1 if likely else 6)).all()
+
+
+def test_specdec_bounds(target, judged):
+    assert (lengths_of(target, judged, threshold=1.0) == 6).all()
+    assert (lengths_of(target, judged, threshold=-0.1, min_depth=3) == 3).all()
+
+
+def test_unknown_policies_and_lengths_are_named(target):
+    for fields in (dict(stop="entropy"), dict(min_depth=0), dict(min_depth=5, draft_depth=4)):
+        with pytest.raises(ValueError, match=next(iter(fields))):
+            specjax.init_drafter("draft_model", target, **fields)
+
+
+def test_the_head_s_loss_by_hand():
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=20), rng.random(20)
+    p = 1 / (1 + np.exp(-logits))
+    plain = -(labels * np.log(p) + (1 - labels) * np.log(1 - p))
+    assert float(weighted_loss(logits, labels, 1.0)) == pytest.approx(plain.mean(), rel=1e-5)
+    weights = labels + 6 * (1 - labels)
+    heavy = -(labels * np.log(p) + 6 * (1 - labels) * np.log(1 - p)).sum() / weights.sum()
+    assert float(weighted_loss(logits, labels)) == pytest.approx(heavy, rel=1e-5)
+
+
+def test_labels_are_the_chance_of_acceptance_at_the_state_that_read_the_token(target, drafter):
+    tokens = np.random.default_rng(0).integers(12, size=(2, 9)).astype(np.int32)
+    counted = np.ones((2, 9), bool)
+    definition, key = drafter.definition, jax.random.key(3)
+    states, labels, counts = _states_and_labels(
+        definition, target.config, drafter.params, target.params, tokens, counted, key
+    )
+    model = Target("draft", definition.model, drafter.params, None)
+    p, q = (jax.nn.softmax(m.logits(tokens)) for m in (target, model))
+    drawn = jax.random.categorical(jax.random.split(key)[0], jnp.log(q))
+    read = tokens.copy()
+    for b, t in zip(*np.nonzero(counts), strict=True):
+        y = int(drawn[b, t - 1])
+        assert labels[b, t] == pytest.approx(min(1.0, float(p[b, t - 1, y] / q[b, t - 1, y])), 1e-4)
+        read[b, t] = y
+    assert 0.5 < counts[:, 1:].mean() < 1 and not counts[:, 0].any()
+    expected = transformer.forward(drafter.params, definition.model, read).hidden_BxTxD
+    np.testing.assert_allclose(states, expected, atol=1e-5)
+
+
+def test_a_fitted_head_knows_a_model_that_is_always_right(target, tmp_path):
+    save_target(tmp_path, target.config, target.params, "float32")
+    drafter = specjax.init_drafter(
+        "draft_model", target, folder=tmp_path, draft_depth=6, stop="specdec", threshold=0.3
+    )
+    rng = np.random.default_rng(0)
+    rows = lambda step: {  # noqa: E731
+        "tokens": rng.integers(12, size=(4, 12)), "supervised": np.ones((4, 12), bool),
+    }  # fmt: skip
+    fitted, loss = fit_acceptance(target, drafter, rows, steps=60, learning_rate=1e-2)
+    assert loss < 0.1 and (lengths_of(target, fitted) == 6).all()
+    for name in ("embed", "layers"):  # the model itself stays as it was
+        jax.tree.map(np.testing.assert_array_equal, fitted.params[name], drafter.params[name])

@@ -45,7 +45,11 @@ VARIANTS = {
         "chain": dict(steps=3),
         "tree": dict(steps=3, top_k=3, total_nodes=9),
     },
-    "draft_model": {"chain": dict(draft_depth=3)},
+    "draft_model": {
+        "chain": dict(draft_depth=3),
+        "confidence": dict(draft_depth=4, stop="confidence", threshold=0.12),
+        "specdec": dict(draft_depth=4, stop="specdec", threshold=0.6),
+    },
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")
