@@ -95,6 +95,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.train.own_share = 0.5  # of the rows that the drafter writes, source "mix"
     config.train.refresh = 30  # steps between two writings of the drafter
     config.train.own_temperature = 1.0  # at which it writes
+    config.train.acceptance_steps = 100  # of the acceptance head that draft_model may stop by
     config.train.log_every = 20
     config.train.checkpoint_every = 75
     config.train.tau_every = 75

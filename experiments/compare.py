@@ -33,6 +33,7 @@ from specjax.generation import init_drafter
 from specjax.models.target import Target, load_target
 from specjax.sampling import Sampling
 from specjax.training import sharding
+from specjax.training.acceptance import fit_acceptance, wants_acceptance_head
 from specjax.training.drafter import TauProbe, train_drafter
 from specjax.training.metrics import MetricsLog
 from specjax.training.progress import duration, say
@@ -257,6 +258,9 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
             probe, bench.folder, bench.metrics, "/".join(filter(None, (name, within))),
             bench.mesh, seed,
         )  # fmt: skip
+        if wants_acceptance_head(drafter):
+            rows = batches(bench, name, cfg, seed, within)
+            drafter, _ = fit_acceptance(target, drafter, rows, cfg.acceptance_steps, seed=seed)
         drafter = drafter.with_budget(**with_best_paths(bench, drafter, tree))
         drafter.save(bench.folder / "drafters" / within / name)
         methods.append(Method(name, drafter, cost, config.eval.rule or None))
@@ -383,6 +387,6 @@ def compare(config: ConfigDict, folder) -> dict:
     started = time.perf_counter()
     bench = prepare(config, folder)
     methods = train_all(bench, config.seed)
-    best, notes = calibrated(bench, methods)
+    best, notes = calibrated(bench, methods) if config.calibrate.prompts else ([], [])
     results, samples = decode_all(bench, [*methods, *best], config.seed)
     return write_up(bench, results, samples, notes, started)

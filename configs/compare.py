@@ -1,0 +1,49 @@
+"""Every drafter on one target: same training tokens, same node budget, same prompts, one table.
+
+Sources: each drafter's own recipe names its paper. `fasteagle`, `eagle3`, `p_eagle`, `dflash`,
+`medusa` and `draft_model` train on the same rows for the same steps; `prompt_lookup` and
+`token_recycling` have nothing to train; `rasd` is FastEagle with what it retrieves from the request
+so far. Every tree has 7 rows (chains what their depth asks for, at most that).
+
+Commands:
+  python -m experiments.main --config=configs/compare.py          built-in target, CPU
+  python -m experiments.main --config=configs/compare.py:smoke    all of it, small, for CI
+"""
+
+from ml_collections import ConfigDict
+
+from configs import (
+    common,
+    dflash,
+    draft_model,
+    fasteagle,
+    medusa,
+    p_eagle,
+    prompt_lookup,
+    rasd,
+    token_recycling,
+)
+
+RECIPES = (draft_model, prompt_lookup, token_recycling, rasd, medusa, p_eagle, dflash)
+NODES = 7
+
+
+def get_config(preset: str = "") -> ConfigDict:
+    """Presets: "" (built-in target) and "smoke"."""
+    if preset not in ("", "smoke"):
+        raise ValueError(f"compare: unknown preset {preset!r}; one of '', 'smoke'")
+    config = fasteagle.get_config(preset)
+    config.name = "compare"
+    plain = config.drafters.fasteagle
+    config.drafters.fasteagle_x = common.drafter(
+        "fasteagle_x", init=plain.init.to_dict(), tree=dict(best_nodes=NODES)
+    )
+    for recipe in RECIPES:
+        for name, drafter in recipe.get_config(preset).drafters.items():
+            if name not in config.drafters:
+                config.drafters[name] = drafter
+    for drafter in config.drafters.values():
+        drafter.budgets = ()  # one tree each: the comparison is at equal nodes
+    config.eval.rule = ""  # drafters that draw nothing serve sample-and-match
+    config.calibrate.prompts = 0
+    return config
