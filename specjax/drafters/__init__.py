@@ -1,11 +1,12 @@
 """Drafters by name. A new drafter is one file here and one entry in `DRAFTERS`."""
 
 from specjax.drafters.base import Committed, Context, Drafter, Vanilla
+from specjax.drafters.dflash import DFlash
 from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.eagle3 import Eagle3
 from specjax.drafters.fasteagle import FastEagle
 
-DRAFTERS: dict[str, type[Drafter]] = {d.name: d for d in (FastEagle, Eagle3, DraftModel)}
+DRAFTERS: dict[str, type[Drafter]] = {d.name: d for d in (FastEagle, Eagle3, DraftModel, DFlash)}
 
 
 def drafter_names() -> tuple[str, ...]:

@@ -41,6 +41,10 @@ VARIANTS = {
         "tree": dict(steps=3, top_k=3, total_nodes=9),
     },
     "draft_model": {"chain": dict(draft_depth=3)},
+    "dflash": {
+        "chain": dict(num_layers=2, block_size=4),
+        "backbone": dict(num_layers=2, block_size=5, draft_depth=3, candidates=3),
+    },
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")
