@@ -11,10 +11,10 @@ the layer's norm, the block. The features are the same in every layer, so the ca
 row needs no forward: a round projects the newly committed rows and runs the block, whose own keys
 and values are scratch.
 
-Our choices: the mask token is a learnt row, since a target need not have a spare token (the
-release reads the target's embedding of one; setting the row to it is the same model); one RMSNorm a
-tap before the fusion, as in the other feature drafters; a smaller `draft_depth` reads out fewer rows
-of the whole block, because a shorter block is another model than the one trained.
+Our choices: the mask token is a learnt row, since a target need not have a token to spare (the
+release reads the target's embedding of one, which is the same model with that row); one RMSNorm a
+tap before the fusion, as in the other feature drafters; a smaller `draft_depth` reads out fewer
+rows of the whole block, because a shorter block is another model than the one trained.
 """
 
 import dataclasses
@@ -25,11 +25,11 @@ import jax.numpy as jnp
 
 from specjax.cache import KVCache, causal_cache_mask, empty_cache, tree_cache_mask
 from specjax.drafters.features import FeatureDrafter, FeatureState
-from specjax.drafters.proposals import KINDS, Proposal, draw_children, log_law
+from specjax.drafters.proposals import KINDS, draw_children, log_law
 from specjax.models.layers import Attention, RMSNorm
 from specjax.models.transformer import head_VxD, make_block
 from specjax.sampling import top_candidates
-from specjax.trees import Topology, backbone, chains
+from specjax.trees import DraftTree, Topology, backbone, chains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class DFlash(FeatureDrafter):
         rope = self.rope(positions)
         kvs = []
         for layer, *kv in zip(params["layers"], cache.k, cache.v, strict=True):
-            # What these rows would attend to is not used, so none of it is compiled.
+            # Only keys and values are kept; what these rows would attend to is not compiled.
             _, kv = attention.apply({"params": layer["attn"]}, g, rope, mask, kv, cache.lengths_B)
             kvs.append(kv)
         return [], _with_rows(cache, kvs)
@@ -150,8 +150,8 @@ class DFlash(FeatureDrafter):
         The context rows are projected once. Blocks run `anchors` at a time and are recomputed in
         the backward pass, so with R = anchors * block_size the largest arrays are the attention
         weights of R rows over T + R slots, BxHxRx(T+R) a layer, for one piece at a time; besides
-        them stay the keys and values of T rows a layer, and the result, BxTxNxD. Each block's
-        columns of the other blocks beside it are masked out: R / (T + R) of the products are idle.
+        them stay the keys and values of T rows a layer, and the result, BxTxNxD. Blocks of one
+        piece do not see each other: more anchors at once mean more idle columns, R of T + R.
         """
         B, T = tokens_BxT.shape
         M, A = self.block_size, min(self.anchors, T)
@@ -198,17 +198,7 @@ class DFlash(FeatureDrafter):
         )
         rows_BxNxD = hidden_Bx1xMxD[:, 0, 1 : 1 + self.depth]
         logits_BxNxW = self.logits(params, target_params, rows_BxNxD)
-        if self.proposal.sampled:
-            law_BxNxV = self.to_target_laws(params, log_law(logits_BxNxW, self.proposal.sampling))
-            drafted_BxNxC = _draw_levels(key, law_BxNxV, self.candidates, self.proposal)
-            # The deepest rows have no children; theirs is any law.
-            law_BxTxV = law_BxNxV[:, self.topology.depth_T.clip(max=self.depth - 1)]
-        else:
-            _, best_BxNxC = top_candidates(logits_BxNxW, self.candidates)
-            drafted_BxNxC, law_BxTxV = self.to_target_ids(params, best_BxNxC), None
-        drafted_BxM = _by_row(drafted_BxNxC, self.proposal)
-        tokens_BxT = jnp.concatenate([root_B[:, None], drafted_BxM], axis=1)
-        return self.topology.draft(tokens_BxT, law_BxTxV), state.replace(cache=cache)
+        return _draw_tree(self, params, root_B, logits_BxNxW, key), state.replace(cache=cache)
 
 
 def _with_rows(cache: KVCache, kvs) -> KVCache:
@@ -216,21 +206,26 @@ def _with_rows(cache: KVCache, kvs) -> KVCache:
     return cache.replace(k=tuple(k for k, _ in kvs), v=tuple(v for _, v in kvs))
 
 
-def _draw_levels(keys_B, law_BxNxV, count: int, proposal: Proposal):
-    """`count` tokens of each level's law, BxNxcount, with noise of their own for every level."""
+def _draw_tree(drafter, params, root_B, logits_BxNxW, keys_B) -> DraftTree:
+    """The tree of N levels that do not look at each other: all nodes of a depth share one law."""
+    kind, C, N = drafter.proposal.kind, drafter.candidates, drafter.depth
+    law_BxTxV = None
+    if drafter.proposal.sampled:
+        law_BxNxV = drafter.to_target_laws(params, log_law(logits_BxNxW, drafter.proposal.sampling))
+        # The deepest rows have no children; theirs is any law.
+        law_BxTxV = law_BxNxV[:, drafter.topology.depth_T.clip(max=N - 1)]
 
-    def draw(key, law_NxV):
-        level_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(law_NxV)))
-        one = lambda k, law: draw_children(k, law, count, proposal.kind)  # noqa: E731
-        return jax.vmap(one)(level_keys, law_NxV)
+        def draw(key, law_NxV):
+            level_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
+            return jax.vmap(lambda k, law: draw_children(k, law, C, kind))(level_keys, law_NxV)
 
-    return jax.vmap(draw)(keys_B, law_BxNxV)
-
-
-def _by_row(tokens_BxNxC, proposal: Proposal):
-    """Tokens by level and rank -> by row of the tree: chain by chain, or backbone, then leaves."""
-    B = len(tokens_BxNxC)
-    if proposal.kind == "chains":
-        return tokens_BxNxC.transpose(0, 2, 1).reshape(B, -1)
-    leaves = tokens_BxNxC[..., 1:].reshape(B, -1)
-    return jnp.concatenate([tokens_BxNxC[..., 0], leaves], axis=1)
+        drawn_BxNxC = jax.vmap(draw)(keys_B, law_BxNxV)
+    else:
+        _, best_BxNxC = top_candidates(logits_BxNxW, C)
+        drawn_BxNxC = drafter.to_target_ids(params, best_BxNxC)
+    if kind == "chains":
+        rows = [drawn_BxNxC.transpose(0, 2, 1)]
+    else:  # the backbone, then the leaves level by level
+        rows = [drawn_BxNxC[..., 0], drawn_BxNxC[..., 1:]]
+    rows = [tokens.reshape(len(root_B), -1) for tokens in (root_B, *rows)]
+    return drafter.topology.draft(jnp.concatenate(rows, axis=1), law_BxTxV)
