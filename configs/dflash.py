@@ -3,7 +3,7 @@
 Source: arXiv 2602.06036: five layers, five taps, blocks of 16 (10 on Llama-3.1-8B); up to 6.1 times
 plain decoding on Qwen3-8B, 2.5 times the EAGLE-3 it was compared with. Here as many layers of the
 same width, the same taps, data and steps as FastEagle in configs/fasteagle.py, and blocks of its
-depth. A row is trained as a whole block, so a step costs block_size times FastEagle's.
+depth. Every row of the text is trained as a whole block, block_size times the drafter's work.
 
 The paper weighs depth k by exp(-(k - 1) / gamma), gamma 7, 5 or 4 for blocks of 16, 10 or 8; that
 is `train.loss.decay` = exp(-1 / gamma). The loss is that of every recipe, cross-entropy against the
