@@ -1,14 +1,20 @@
 """Drafters by name. A new drafter is one file here and one entry in `DRAFTERS`."""
 
 from specjax.drafters.base import Committed, Context, Drafter, Vanilla
+from specjax.drafters.dflash import DFlash
 from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.eagle3 import Eagle3
 from specjax.drafters.fasteagle import FastEagle
 from specjax.drafters.fasteagle_x import FastEagleX
 
-DRAFTERS: dict[str, type[Drafter]] = {
-    d.name: d for d in (FastEagle, FastEagleX, Eagle3, DraftModel)
-}
+_ALL = (
+    FastEagle,
+    FastEagleX,
+    Eagle3,
+    DraftModel,
+    DFlash,
+)
+DRAFTERS: dict[str, type[Drafter]] = {drafter.name: drafter for drafter in _ALL}
 
 
 def drafter_names() -> tuple[str, ...]:

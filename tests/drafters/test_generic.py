@@ -50,6 +50,10 @@ VARIANTS = {
         "confidence": dict(draft_depth=4, stop="confidence", threshold=0.12),
         "specdec": dict(draft_depth=4, stop="specdec", threshold=0.6),
     },
+    "dflash": {
+        "chain": dict(num_layers=2, block_size=4),
+        "backbone": dict(num_layers=2, block_size=5, draft_depth=3, candidates=3),
+    },
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")
