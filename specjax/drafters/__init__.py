@@ -4,8 +4,12 @@ from specjax.drafters.base import Committed, Context, Drafter, Vanilla
 from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.eagle3 import Eagle3
 from specjax.drafters.fasteagle import FastEagle
+from specjax.drafters.medusa import Medusa
+from specjax.drafters.p_eagle import PEagle
 
-DRAFTERS: dict[str, type[Drafter]] = {d.name: d for d in (FastEagle, Eagle3, DraftModel)}
+DRAFTERS: dict[str, type[Drafter]] = {
+    d.name: d for d in (FastEagle, Eagle3, DraftModel, Medusa, PEagle)
+}
 
 
 def drafter_names() -> tuple[str, ...]:

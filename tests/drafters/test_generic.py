@@ -41,6 +41,14 @@ VARIANTS = {
         "tree": dict(steps=3, top_k=3, total_nodes=9),
     },
     "draft_model": {"chain": dict(draft_depth=3)},
+    "medusa": {
+        "chain": dict(heads=3, paths=((0, 0, 0),)),
+        "tree": dict(heads=3, blocks=2, tree_nodes=14),
+    },
+    "p_eagle": {
+        "chain": dict(num_layers=2, draft_depth=3),
+        "backbone": dict(num_layers=2, draft_depth=3, candidates=3),
+    },
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")
