@@ -6,6 +6,7 @@ come before children. A node's position is cache length + its depth, never its r
 
 import dataclasses
 import functools
+import heapq
 import itertools
 
 import flax.struct
@@ -66,6 +67,15 @@ class Topology:
             children[parent].append(i)
         width = max(1, *(len(c) for c in children))
         return np.array([c + [-1] * (width - len(c)) for c in children], np.int32)
+
+    @functools.cached_property
+    def rank_T(self) -> np.ndarray:
+        """Place of each row among its siblings, 0 for the root."""
+        rank = np.zeros(self.nodes, np.int32)
+        for siblings in self.child_TxC:
+            here = siblings[siblings >= 0]
+            rank[here] = np.arange(len(here))
+        return rank
 
     @functools.cached_property
     def visible_TxT(self) -> np.ndarray:
@@ -136,21 +146,14 @@ def backbone(depth: int, candidates: int) -> Topology:
     return Topology(tuple(range(-1, depth)) + tuple(leaves))
 
 
-def paths(static_paths) -> Topology:
-    """A tree from rank paths, e.g. [(0,), (1,), (0, 0)]: each is a node, and so are its prefixes.
+def rank_paths(static_paths) -> tuple[tuple[int, ...], ...]:
+    """The nodes of the tree that rank paths describe, prefixes included, in order of their rows.
 
-    Rows are those of `rank_paths`, after the root.
+    Entry i is the path of row i + 1, by depth, then rank path: equal trees are equal values.
 
     Raises:
       ValueError: no path at all, or a rank that is not a whole number >= 0.
     """
-    order = [(), *rank_paths(static_paths)]
-    row = {p: i for i, p in enumerate(order)}
-    return Topology(tuple(-1 if not p else row[p[:-1]] for p in order))
-
-
-def rank_paths(static_paths) -> list[tuple[int, ...]]:
-    """The paths and all their prefixes, ordered by depth, then path: row i + 1 is entry i."""
     static_paths = [tuple(path) for path in static_paths]
     if not any(static_paths):
         raise ValueError("paths: no path is given")
@@ -158,7 +161,45 @@ def rank_paths(static_paths) -> list[tuple[int, ...]]:
         if not all(isinstance(rank, int) and rank >= 0 for rank in path):
             raise ValueError(f"paths: {path} must hold ranks, whole numbers from 0")
     nodes = {p[:i] for p in static_paths for i in range(1, len(p) + 1)}
-    return sorted(nodes, key=lambda p: (len(p), p))
+    return tuple(sorted(nodes, key=lambda p: (len(p), p)))
+
+
+def paths(static_paths) -> Topology:
+    """A tree from rank paths, e.g. [(0,), (1,), (0, 0)]: each is a node, and so are its prefixes.
+
+    Rows are ordered as in `rank_paths`, which raises the same errors.
+    """
+    order = ((), *rank_paths(static_paths))
+    row = {p: i for i, p in enumerate(order)}
+    return Topology(tuple(-1 if not p else row[p[:-1]] for p in order))
+
+
+def best_first(acceptance, nodes: int) -> tuple[tuple[int, ...], ...]:
+    """Rank paths of the tree of `nodes` drafted nodes that expects the longest acceptance.
+
+    `acceptance[i][r]` is the probability that the candidate of rank r at depth i + 1 is right,
+    given that everything before it was. A node is accepted with the product along its path, and
+    the expected length is the sum over nodes. Products only shrink along a path, so the largest
+    `nodes` of them form a tree, and no other tree expects more. Ties go to the shallower, then
+    earlier path.
+
+    Raises:
+      ValueError: a number that is no probability, or fewer paths than `nodes`.
+    """
+    levels = [tuple(map(float, level)) for level in acceptance]
+    if not all(0 <= chance <= 1 for level in levels for chance in level):
+        raise ValueError(f"acceptance: {levels} must hold probabilities")
+    if nodes < 1:
+        raise ValueError(f"nodes: {nodes} must be at least 1")
+    kept, frontier = [], [(-1.0, 0, ())]  # the root, which is not drafted
+    while len(kept) <= nodes:
+        if not frontier:
+            raise ValueError(f"nodes: {nodes} drafted nodes, but acceptance has {len(kept) - 1}")
+        product, depth, path = heapq.heappop(frontier)
+        kept.append(path)
+        for rank, chance in enumerate(levels[depth] if depth < len(levels) else ()):
+            heapq.heappush(frontier, (product * chance, depth + 1, (*path, rank)))
+    return rank_paths(kept)
 
 
 def visible_from_parents(parent_T, max_depth: int):

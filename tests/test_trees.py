@@ -11,10 +11,12 @@ import pytest
 from specjax.trees import (
     Topology,
     backbone,
+    best_first,
     branching,
     chain,
     children_from_parents,
     paths,
+    rank_paths,
     visible_from_parents,
 )
 
@@ -51,6 +53,8 @@ def test_static_properties(parents):
     children = [[c for c in range(T) if parents[c] == i] for i in range(T)]
     assert [[c for c in row if c >= 0] for row in tree.child_TxC] == children
     assert tree.child_TxC.shape == (T, max(1, *map(len, children)))
+    siblings = [children[p] if p >= 0 else [0] for p in parents]
+    assert tree.rank_T.tolist() == [row.index(i) for i, row in enumerate(siblings)]
     for row, kids in zip(tree.child_TxC, children, strict=True):
         assert (row[len(kids) :] == -1).all(), "padding comes last"
 
@@ -133,6 +137,74 @@ def test_paths():
     ]
 
 
+def test_rank_paths_are_the_rows_of_paths():
+    given = [(2, 1, 0), (0,), (1,), (0, 0)]
+    nodes = rank_paths(given)
+    assert nodes == ((0,), (1,), (2,), (0, 0), (2, 1), (2, 1, 0))
+    assert rank_paths(nodes[::-1]) == rank_paths(map(list, nodes)) == nodes
+    tree = paths(given)
+    for row, path in enumerate(nodes, start=1):
+        assert tree.depth_T[row] == len(path)
+        assert ((), *nodes)[tree.parents[row]] == path[:-1]
+
+
+# ---- best-first trees ----------------------------------------------------------------------------
+
+
+def every_tree(levels, nodes):
+    """All prefix-closed sets of `nodes` rank paths, grown one path at a time."""
+    trees = {frozenset()}
+    for _ in range(nodes):
+        grown = set()
+        for tree in trees:
+            for above in [(), *tree]:
+                if len(above) < len(levels):
+                    below = {(*above, rank) for rank in range(len(levels[len(above)]))}
+                    grown |= {tree | {path} for path in below - tree}
+        trees = grown
+    return trees
+
+
+def expected_length(levels, tree):
+    """Mean number of nodes accepted: outcomes enumerated level by level, no products of paths."""
+    outcomes = [[*enumerate(level), (None, 1 - sum(level))] for level in levels]
+    total = 0.0
+    for walk in itertools.product(*outcomes):
+        right = tuple(rank for rank, _ in walk)  # None: no candidate is right
+        accepted = 0
+        while accepted < len(right) and right[: accepted + 1] in tree:
+            accepted += 1
+        total += accepted * np.prod([chance for _, chance in walk])
+    return total
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (3, 1, 2), (1, 3), (4,), (2, 0, 3)])
+def test_no_tree_expects_more_than_the_best_first(shape):
+    random = np.random.RandomState(4)
+    for draw in range(6):
+        levels = [random.dirichlet(np.ones(n + 1))[:n].tolist() for n in shape]
+        if draw == 0 and min(shape):  # certain and impossible candidates
+            levels = [[1.0] + [0.0] * (n - 1) for n in shape]
+        reach = len(list(itertools.takewhile(bool, shape)))
+        whole = sum(int(np.prod(shape[:i])) for i in range(1, reach + 1))
+        for nodes in range(1, min(whole, 6) + 1):
+            tree = best_first(levels, nodes)
+            assert len(set(tree)) == nodes and rank_paths(tree) == tree
+            best = max(expected_length(levels, t) for t in every_tree(levels, nodes))
+            assert expected_length(levels, set(tree)) == pytest.approx(best, abs=1e-12)
+
+
+def test_best_first_trees_grow_by_one_node():
+    levels = [[0.6 * 0.8**i / (r + 1) ** 2 for r in range(10)] for i in range(4)]
+    before = set()
+    for nodes in range(1, 60):
+        tree = set(best_first(levels, nodes))
+        assert tree > before
+        before = tree
+    assert best_first([[0.5, 0.5], [1.0]], 3) == ((0,), (1,), (0, 0))  # ties: shallow, then early
+    assert best_first([[0.1, 0.3]], 1) == ((1,),)  # ranks need not be in order
+
+
 @pytest.mark.parametrize("counts", [(1,), (3,), (2, 2), (3, 1, 2)])
 def test_branching_gives_every_node_of_a_level_as_many_children(counts):
     tree, start, width = branching(counts), 0, 1
@@ -196,6 +268,10 @@ def test_draft_is_batched():
         (lambda: branching((2, 0)), r"\(2, 0\)"),
         (lambda: paths([]), "no path"),
         (lambda: paths([(0, -1)]), r"\(0, -1\)"),
+        (lambda: best_first([[0.5, 1.5]], 1), "acceptance.*probabilities"),
+        (lambda: best_first([[0.5, float("nan")]], 1), "acceptance.*probabilities"),
+        (lambda: best_first([[0.5]], 0), "nodes: 0"),
+        (lambda: best_first([[0.5], [0.5]], 3), "nodes: 3.*has 2"),
     ],
 )
 def test_errors(make, words):

@@ -6,13 +6,17 @@ from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.eagle3 import Eagle3
 from specjax.drafters.fasteagle import FastEagle
 from specjax.drafters.fasteagle_x import FastEagleX
+from specjax.drafters.medusa import Medusa
+from specjax.drafters.p_eagle import PEagle
 
 _ALL = (
     FastEagle,
     FastEagleX,
     Eagle3,
-    DraftModel,
+    PEagle,
     DFlash,
+    Medusa,
+    DraftModel,
 )
 DRAFTERS: dict[str, type[Drafter]] = {drafter.name: drafter for drafter in _ALL}
 

@@ -25,19 +25,17 @@ import jax.numpy as jnp
 
 from specjax.cache import KVCache, causal_cache_mask, empty_cache, tree_cache_mask
 from specjax.drafters.features import FeatureDrafter, FeatureState
-from specjax.drafters.proposals import KINDS, draw_children, log_law
+from specjax.drafters.parallel import ParallelDrafter
 from specjax.models.layers import Attention, RMSNorm
-from specjax.models.transformer import head_VxD, make_block
-from specjax.sampling import top_candidates
-from specjax.trees import DraftTree, Topology, backbone, chains
+from specjax.models.transformer import make_block
+from specjax.trees import Topology, backbone, chains
 
 
 @dataclasses.dataclass(frozen=True)
-class DFlash(FeatureDrafter):
+class DFlash(ParallelDrafter, FeatureDrafter):
     """Block-diffusion drafter on a backbone-expansion tree."""
 
     name: ClassVar[str] = "dflash"
-    proposals: ClassVar[tuple[str, ...]] = KINDS
 
     num_layers: int = 5
     block_size: int = 16  # the root and N = block_size - 1 mask tokens
@@ -95,11 +93,6 @@ class DFlash(FeatureDrafter):
             "mask": jnp.sqrt(jnp.mean(embed**2)) * jax.random.normal(mask_key, (D,)),
             "layers": [layer.init(k, x, rope, sees)["params"] for k in layer_keys],
         }
-
-    def head(self, params, target_params):
-        head = jax.lax.stop_gradient(head_VxD(target_params))
-        ids = self.vocab_ids(params)
-        return head if ids is None else head[ids]
 
     # ---- the two kinds of rows -------------------------------------------------------------------
 
@@ -197,35 +190,10 @@ class DFlash(FeatureDrafter):
             params, target_params, root_B[:, None], start_B[:, None], mask, cache
         )
         rows_BxNxD = hidden_Bx1xMxD[:, 0, 1 : 1 + self.depth]
-        logits_BxNxW = self.logits(params, target_params, rows_BxNxD)
-        return _draw_tree(self, params, root_B, logits_BxNxW, key), state.replace(cache=cache)
+        tree = self.draw_tree(params, target_params, rows_BxNxD, root_B, key)
+        return tree, state.replace(cache=cache)
 
 
 def _with_rows(cache: KVCache, kvs) -> KVCache:
     """The cache with each layer's (k, v)."""
     return cache.replace(k=tuple(k for k, _ in kvs), v=tuple(v for _, v in kvs))
-
-
-def _draw_tree(drafter, params, root_B, logits_BxNxW, keys_B) -> DraftTree:
-    """The tree of N levels that do not look at each other: all nodes of a depth share one law."""
-    kind, C, N = drafter.proposal.kind, drafter.candidates, drafter.depth
-    law_BxTxV = None
-    if drafter.proposal.sampled:
-        law_BxNxV = drafter.to_target_laws(params, log_law(logits_BxNxW, drafter.proposal.sampling))
-        # The deepest rows have no children; theirs is any law.
-        law_BxTxV = law_BxNxV[:, drafter.topology.depth_T.clip(max=N - 1)]
-
-        def draw(key, law_NxV):
-            level_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
-            return jax.vmap(lambda k, law: draw_children(k, law, C, kind))(level_keys, law_NxV)
-
-        drawn_BxNxC = jax.vmap(draw)(keys_B, law_BxNxV)
-    else:
-        _, best_BxNxC = top_candidates(logits_BxNxW, C)
-        drawn_BxNxC = drafter.to_target_ids(params, best_BxNxC)
-    if kind == "chains":
-        rows = [drawn_BxNxC.transpose(0, 2, 1)]
-    else:  # the backbone, then the leaves level by level
-        rows = [drawn_BxNxC[..., 0], drawn_BxNxC[..., 1:]]
-    rows = [tokens.reshape(len(root_B), -1) for tokens in (root_B, *rows)]
-    return drafter.topology.draft(jnp.concatenate(rows, axis=1), law_BxTxV)

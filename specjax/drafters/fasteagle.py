@@ -29,22 +29,20 @@ from specjax.drafters.features import (
     MidLayer,
     last_rows,
 )
-from specjax.drafters.proposals import KINDS, draw_children, log_law
+from specjax.drafters.parallel import ParallelDrafter
 from specjax.models.layers import RMSNorm
 from specjax.models.linear import linear
-from specjax.models.transformer import head_VxD, make_block
-from specjax.sampling import top_candidates
+from specjax.models.transformer import make_block
 from specjax.trees import Topology, backbone, chains
 
 ENTRIES = ("fc2h", "wide_qkv", "sampled")
 
 
 @dataclasses.dataclass(frozen=True)
-class FastEagle(FeatureDrafter):
+class FastEagle(ParallelDrafter, FeatureDrafter):
     """Single-pass cascade drafter on a backbone-expansion tree."""
 
     name: ClassVar[str] = "fasteagle"
-    proposals: ClassVar[tuple[str, ...]] = KINDS
 
     num_layers: int = 7  # N: trained depth
     # "fc2h": FC over [norm(g), norm(e)]; "wide_qkv": EAGLE-3's 2D-wide layer; "sampled": fc2h, then
@@ -123,11 +121,6 @@ class FastEagle(FeatureDrafter):
             x = x + linear(jax.nn.silu(linear(e, own["gate"])) * up, own["down"])
         return x
 
-    def head(self, params, target_params):
-        head = jax.lax.stop_gradient(head_VxD(target_params))
-        ids = self.vocab_ids(params)
-        return head if ids is None else head[ids]
-
     def forward_rows(self, params, target_params, taps, tokens, positions, mask, cache):
         hidden, _, cache = self._cascade(
             params, target_params, taps, tokens, positions, mask, cache
@@ -170,44 +163,10 @@ class FastEagle(FeatureDrafter):
 
     def draft(self, params, target_params, state: FeatureState, context, key):
         hidden, cache = self.extend(params, target_params, state.cache, state.pending)
-        # All depths read out at once: one product with the head instead of N.
         rows_BxNxD = jnp.stack([last_rows(h, state.pending.counts_B) for h in hidden], axis=1)
-        logits_BxNxW = self.logits(params, target_params, rows_BxNxD)
-        if self.proposal.sampled:
-            drafted_BxM, law_BxTxV = self._sampled(params, logits_BxNxW, key)
-        else:
-            _, best_BxNxC = top_candidates(logits_BxNxW, self.candidates)
-            drafted_BxM, law_BxTxV = _by_row(self.to_target_ids(params, best_BxNxC)), None
-        tokens_BxT = jnp.concatenate([context.root_B()[:, None], drafted_BxM], axis=1)
-        return self.topology.draft(tokens_BxT, law_BxTxV), state.replace(cache=cache)
-
-    def _sampled(self, params, logits_BxNxW, keys_B):
-        """Tokens of rows 1.., drawn level by level, and the law behind every row's children.
-
-        The cascade's levels do not look at each other, so all nodes of one depth share one law.
-        """
-        kind, N = self.proposal.kind, self.depth
-        law_BxNxV = self.to_target_laws(params, log_law(logits_BxNxW, self.proposal.sampling))
-
-        def draw(key, logq_NxV):
-            level_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
-            one = lambda k, logq: draw_children(k, logq, self.candidates, kind)  # noqa: E731
-            return jax.vmap(one)(level_keys, logq_NxV)
-
-        drawn_BxNxC = jax.vmap(draw)(keys_B, law_BxNxV)
-        if kind == "chains":
-            drafted_BxM = drawn_BxNxC.transpose(0, 2, 1).reshape(len(drawn_BxNxC), -1)
-        else:
-            drafted_BxM = _by_row(drawn_BxNxC)
-        # The deepest rows have no children; theirs is any law.
-        return drafted_BxM, law_BxNxV[:, self.topology.depth_T.clip(max=N - 1)]
+        tree = self.draw_tree(params, target_params, rows_BxNxD, context.root_B(), key)
+        return tree, state.replace(cache=cache)
 
 
 def _lecun(key, fan_in: int, fan_out: int):
     return jax.random.normal(key, (fan_in, fan_out)) * fan_in**-0.5
-
-
-def _by_row(tokens_BxNxC):
-    """Tokens by level and rank -> by row of the backbone tree: the backbone, then the leaves."""
-    leaves = tokens_BxNxC[..., 1:].reshape(tokens_BxNxC.shape[0], -1)
-    return jnp.concatenate([tokens_BxNxC[..., 0], leaves], axis=1)

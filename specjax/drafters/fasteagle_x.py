@@ -44,8 +44,8 @@ class FastEagleX(FastEagle):
     total_nodes: int = 0  # T of a tree grown best first, `candidates` children a node; 0 = static
 
     def __post_init__(self):
-        # JSON and configs have lists.
-        object.__setattr__(self, "paths", tuple(tuple(path) for path in self.paths))
+        if self.paths:  # one value a tree, also from a config file's lists
+            object.__setattr__(self, "paths", rank_paths(self.paths))
         super().__post_init__()
         if self.rank < 0:
             raise ValueError(f"rank: {self.rank} must be at least 0")
@@ -54,7 +54,7 @@ class FastEagleX(FastEagle):
         if self.paths and self.total_nodes:
             raise ValueError("paths, total_nodes: one tree is static, the other grown; give one")
         if self.paths:
-            deepest = max(len(path) for path in self.paths)
+            deepest = len(self.paths[-1])
             if deepest > self.num_layers:
                 raise ValueError(f"paths: depth {deepest} exceeds num_layers={self.num_layers}")
             widest = max(max(path) for path in self.paths) + 1
@@ -76,7 +76,7 @@ class FastEagleX(FastEagle):
     @property
     def depth(self) -> int:
         if self.paths:
-            return max(len(path) for path in self.paths)
+            return len(self.paths[-1])
         return super().depth
 
     @property
@@ -88,6 +88,13 @@ class FastEagleX(FastEagle):
         if self.total_nodes and not self.proposal.sampled:
             return None
         return super().topology
+
+    @property
+    def ranks(self) -> np.ndarray:
+        """Of rows 1..: which of its parent's candidates a row is; paths may skip some."""
+        if self.paths and not self.proposal.sampled:
+            return np.array([path[-1] for path in self.paths])
+        return super().ranks
 
     @property
     def nodes(self) -> int:
@@ -190,15 +197,6 @@ class FastEagleX(FastEagle):
 
         return children
 
-    @property
-    def _rank_T(self) -> np.ndarray:
-        """Each row's rank among its parent's candidates: paths may skip some, a backbone none."""
-        topology = self.topology
-        if self.paths and self.proposal.kind == "top":
-            return np.array([0, *(path[-1] for path in rank_paths(self.paths))])
-        siblings = topology.child_TxC[np.array(topology.parents)]
-        return np.argmax(siblings == np.arange(topology.nodes)[:, None], axis=1)
-
     def _levels(self):
         """The static tree level by level: (rows, their parents' places above, their ranks).
 
@@ -208,7 +206,7 @@ class FastEagleX(FastEagle):
         for depth in range(1, topology.max_depth + 1):
             rows = np.flatnonzero(topology.depth_T == depth)
             places = np.array([inner.index(topology.parents[row]) for row in rows])
-            ranks = self._rank_T[rows]
+            ranks = self.ranks[rows - 1]
             yield depth, rows, places, ranks
             inner = [row for row in rows if topology.child_TxC[row][0] >= 0]
 

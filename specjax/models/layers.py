@@ -147,14 +147,14 @@ class Block(nn.Module):
     outputs: int = 1
 
     @nn.compact
-    def __call__(self, x_BxTxD, rope, mask_BxTxS, kv=None, start_B=None):
+    def __call__(self, x_BxTxD, rope, mask_BxTxS, kv=None, start_B=None, chain=None):
         attention = Attention(
             self.num_heads, self.num_kv_heads, self.head_dim, x_BxTxD.shape[-1], self.eps,
             self.qkv_bias, self.o_bias, self.qk_norm, name="attn",
         )  # fmt: skip
         with jax.named_scope("attention"):
             normed = RMSNorm(self.eps, name="attn_norm")(x_BxTxD)
-            y, kv = attention(normed, rope, mask_BxTxS, kv, start_B)
+            y, kv = attention(normed, rope, mask_BxTxS, kv, start_B, chain)
             x_BxTxD = x_BxTxD + y
         with jax.named_scope("mlp"):
             normed = RMSNorm(self.eps, name="mlp_norm")(x_BxTxD)

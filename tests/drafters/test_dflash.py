@@ -10,9 +10,9 @@ import pytest
 from toys import toy_target
 
 import specjax
-from specjax.drafters import DFlash, FastEagle
+from specjax.drafters import DFlash
 from specjax.drafters.base import Committed, Context
-from specjax.drafters.proposals import KINDS, Proposal
+from specjax.drafters.proposals import Proposal
 from specjax.sampling import Sampling
 
 N, C, T = 3, 3, 13  # mask tokens of a block, candidates, rows of the teacher-forced pass
@@ -294,40 +294,6 @@ def test_the_draft_is_the_whole_block_s_readout_in_backbone_order(qwen, levels):
         assert tree.tokens_T[b].tolist() == [qwen.text[rows], *backbone, *leaves]
         parents = [*range(-1, levels), *(i for i in range(levels) for _ in range(C - 1))]
         assert tree.parent_T[b].tolist() == parents
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_trees_are_drawn_as_fasteagle_draws_them(kind):
-    """Both read all depths at once: the same logits and noise are the same tree and laws."""
-    target = toy_target()
-    B, slots = 3, 24
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(B, N, len(WORDS))), jnp.float32)
-    proposal = Proposal(kind, Sampling(0.8, top_k=5) if kind != "top" else Sampling(0.0))
-    trees = []
-    for family, fields in ((DFlash, dict(block_size=N + 1)), (FastEagle, dict(num_layers=N))):
-
-        class Forced(family):
-            def logits(self, params, target_params, hidden):
-                return logits
-
-        definition = Forced(
-            target.config, candidates=C, draft_vocab_size=len(WORDS), proposal=proposal, **fields
-        )
-
-        shapes = jax.eval_shape(definition.init, jax.random.key(0), target.params)
-        params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        params["buffers"] = {"vocab_ids": jnp.asarray(WORDS)}
-
-        @jax.jit
-        def run(keys, params=params, definition=definition):
-            state = definition.init_state(B, slots, jnp.float32)
-            state = state.replace(pending=state.pending.replace(counts_B=jnp.ones(B, jnp.int32)))
-            context = Context(jnp.arange(2 * B).reshape(B, 2), jnp.full(B, 2))
-            return definition.draft(params, target.params, state, context, keys)[0]
-
-        trees.append(jax.device_get(run(jax.random.split(jax.random.key(1), B))))
-    assert (trees[0].law_TxV is None) == (kind == "top")
-    jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
 # ---- shapes --------------------------------------------------------------------------------------

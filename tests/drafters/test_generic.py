@@ -54,6 +54,14 @@ VARIANTS = {
         "chain": dict(num_layers=2, block_size=4),
         "backbone": dict(num_layers=2, block_size=5, draft_depth=3, candidates=3),
     },
+    "medusa": {
+        "chain": dict(heads=3, paths=((0, 0, 0),)),
+        "tree": dict(heads=3, blocks=2, tree_nodes=14),
+    },
+    "p_eagle": {
+        "chain": dict(num_layers=2, draft_depth=3),
+        "backbone": dict(num_layers=2, draft_depth=3, candidates=3),
+    },
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")

@@ -25,7 +25,10 @@ FILTERED = [Sampling(t, 4, 0.9) for t in (1.3, 1.0, 0.6)]
 HOT_CUT, WARM_CUT, COLD_CUT = FILTERED
 
 CHAIN = {"fasteagle": dict(candidates=1), "eagle3": dict(top_k=1), "draft_model": {}}
-TREE = {"fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6)}
+TREE = {
+    "fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6),
+    "medusa": dict(tree_nodes=6), "p_eagle": dict(candidates=2),
+}  # fmt: skip
 WIDE = {"fasteagle": dict(candidates=3), "eagle3": dict(top_k=2, total_nodes=6)}
 
 BRANCHED = {"eagle3": dict(branching=(2, 2))}
@@ -69,7 +72,8 @@ def drafter(target):
     def of(name, shape):
         steps = {
             "fasteagle": dict(num_layers=2), "eagle3": dict(steps=2),
-            "draft_model": dict(num_layers=1, draft_depth=2),
+            "draft_model": dict(num_layers=1, draft_depth=2), "medusa": dict(heads=2),
+            "p_eagle": dict(num_layers=2, draft_depth=2),
         }[name]  # fmt: skip
         return specjax.init_drafter(name, target, **steps, **dict(shape))
 
@@ -114,6 +118,10 @@ RUNS = [
     ("traversal", {"replacement": True}, "eagle3", BRANCHED, WARM),
     ("token", {}, "draft_model", CHAIN, WARM),
     ("block", {}, "draft_model", CHAIN, COLD_CUT),
+    ("traversal", {}, "medusa", TREE, WARM),
+    ("traversal", {"replacement": True}, "medusa", TREE, COLD),
+    ("recursive_rejection", {}, "medusa", TREE, COLD_CUT),
+    ("traversal", {}, "p_eagle", TREE, COLD),
 ]
 
 
