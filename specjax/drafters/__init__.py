@@ -4,8 +4,9 @@ from specjax.drafters.base import Committed, Context, Drafter, Vanilla
 from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.eagle3 import Eagle3
 from specjax.drafters.fasteagle import FastEagle
+from specjax.drafters.rasd import Rasd
 
-DRAFTERS: dict[str, type[Drafter]] = {d.name: d for d in (FastEagle, Eagle3, DraftModel)}
+DRAFTERS: dict[str, type[Drafter]] = {d.name: d for d in (FastEagle, Eagle3, DraftModel, Rasd)}
 
 
 def drafter_names() -> tuple[str, ...]:

@@ -41,6 +41,17 @@ VARIANTS = {
         "tree": dict(steps=3, top_k=3, total_nodes=9),
     },
     "draft_model": {"chain": dict(draft_depth=3)},
+    "rasd": {
+        "alone": dict(continuation=5, retrieved_nodes=9, min_suffix=1),
+        "fused": dict(
+            inner="fasteagle",
+            inner_options=dict(num_layers=3, candidates=2),
+            continuation=5,
+            retrieved_nodes=9,
+            min_suffix=1,
+            prune=False,
+        ),  # fmt: skip
+    },
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")
