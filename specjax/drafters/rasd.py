@@ -184,19 +184,19 @@ class Rasd(Drafter):
             return jax.vmap(one)(tree, context.tokens_BxS, context.lengths_B), state
 
     def _retrieve(self, corpus, tokens_S, length):
-        """int32[R, K]: continuations from all sources, those of longer suffixes first."""
-        how = self.max_suffix, self.min_suffix, self.hits
+        """int32[., K]: continuations from all sources, those of the longer suffix first."""
+        how = tokens_S, length, self.max_suffix, self.min_suffix, self.hits
         found = []
         if self.history:
-            own_S = jnp.where(jnp.arange(tokens_S.shape[0]) < length, tokens_S, retrieval.GAP)
-            found.append((own_S, *retrieval.search_history(own_S, length, *how)))
+            match, place_R = retrieval.search_history(*how)
+            found.append((match, tokens_S, place_R, length))
         if corpus is not None:
-            found.append(
-                (corpus["tokens"], *retrieval.search_index(corpus, tokens_S, length, *how))
-            )
-        match = jnp.stack([match for _, match, _ in found])
-        texts = [retrieval.following(where, at, self.continuation) for where, _, at in found]
-        return jnp.stack(texts)[jnp.argsort(-match, stable=True)].reshape(-1, self.continuation)
+            match, place_R = retrieval.search_index(corpus, *how)
+            found.append((match, corpus["tokens"], place_R, self.corpus_size))
+        K = self.continuation
+        texts_SxRxK = jnp.stack([retrieval.following(*where, K) for _, *where in found])
+        longest_first = jnp.argsort(-jnp.stack([match for match, *_ in found]), stable=True)
+        return texts_SxRxK[longest_first].reshape(-1, K)
 
     # ---- training: the inner drafter's -----------------------------------------------------------
 

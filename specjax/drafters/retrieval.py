@@ -146,10 +146,14 @@ def search_index(index, tokens_S, length, longest: int, shortest: int, hits: int
     return match, place_R
 
 
-def following(tokens_N, place_R, count: int):
-    """int32[R, count]: the tokens from each place on; GAP after a document's end or where < 0."""
-    at_RxK = place_R[:, None] + jnp.arange(count)
-    found_RxK = jnp.take(tokens_N, at_RxK, mode="fill", fill_value=GAP)
+def following(tokens_N, place_R, end, count: int):
+    """int32[R, count]: the tokens from each place on; GAP after a document's end or where < 0.
+
+    A continuation that reaches `end` goes on with what it has read, as if that stood there already:
+    text that goes in circles is drafted as far as any other.
+    """
+    at_RxK = place_R[:, None] + jnp.arange(count) % jnp.maximum(end - place_R, 1)[:, None]
+    found_RxK = tokens_N[jnp.maximum(at_RxK, 0)]
     there_RxK = (found_RxK != GAP) & (place_R >= 0)[:, None]
     there_RxK = jnp.cumprod(there_RxK.astype(jnp.int32), axis=1) > 0
     return jnp.where(there_RxK, found_RxK, GAP)
