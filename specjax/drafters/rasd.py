@@ -232,33 +232,34 @@ class Rasd(Drafter):
 
 
 def _with_corpus(params, index):
-    return params | {"buffers": params.get("buffers", {}) | {"corpus": index}}
+    """The parameters with this corpus in place of any other; None = none."""
+    buffers = {k: v for k, v in params.get("buffers", {}).items() if k != "corpus"}
+    buffers |= {} if index is None else {"corpus": index}
+    params = {k: v for k, v in params.items() if k != "buffers"}
+    return params | ({"buffers": buffers} if buffers else {})
 
 
-def fused(drafter, documents: Sequence[Sequence[int]] = (), **settings):
-    """A trained drafter with retrieval around it.
+def fused(drafter, documents: Sequence[Sequence[int]] | None = None, **settings):
+    """A trained drafter with retrieval around it, or a `rasd` drafter with another corpus.
 
     Args:
-      drafter: from `init_drafter`, `load_drafter` or training; of a `rasd` drafter the inner one is
-        kept, and its settings and corpus are replaced.
-      documents: token ids of the corpus, each document by itself; none = the history alone.
-      **settings: fields of `Rasd`.
+      drafter: from `init_drafter`, `load_drafter` or training.
+      documents: token ids of the corpus, each document by itself; None = as it is, at first none.
+      **settings: fields of `Rasd` to change.
 
     Raises:
       ValueError: a token outside the vocabulary, or a setting out of range (names the field).
     """
     definition, params = drafter.definition, drafter.params
-    if isinstance(definition, Rasd):
-        definition = definition.inner
-        buffers = {k: v for k, v in params.get("buffers", {}).items() if k != "corpus"}
-        params = {k: v for k, v in params.items() if k != "buffers"}
-        params |= {"buffers": buffers} if buffers else {}
-    vocabulary = drafter.definition.target.vocab_size
-    for i, document in enumerate(documents):
-        if len(document) and not 0 <= min(document) <= max(document) < vocabulary:
-            raise ValueError(f"documents[{i}]: a token is outside the vocabulary of {vocabulary}")
-    index = jax.tree.map(jnp.asarray, retrieval.build_index(documents))
-    size = index["tokens"].shape[0]
-    wrapped = Rasd(drafter.definition.target, definition, corpus_size=size, **settings)
-    params = _with_corpus(params, index) if size else params
-    return dataclasses.replace(drafter, definition=wrapped, params=params)
+    if not isinstance(definition, Rasd):
+        definition = Rasd(definition.target, definition)
+    if documents is not None:
+        vocabulary = definition.target.vocab_size
+        for i, document in enumerate(documents):
+            if len(document) and not 0 <= min(document) <= max(document) < vocabulary:
+                raise ValueError(f"documents[{i}]: tokens must be in [0, {vocabulary})")
+        index = jax.tree.map(jnp.asarray, retrieval.build_index(documents))
+        settings["corpus_size"] = index["tokens"].shape[0]
+        params = _with_corpus(params, index if settings["corpus_size"] else None)
+    definition = dataclasses.replace(definition, **settings)
+    return dataclasses.replace(drafter, definition=definition, params=params)

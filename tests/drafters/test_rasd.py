@@ -178,12 +178,15 @@ def test_corpus_and_inner_drafter_survive_the_folder(target, inner, tmp_path):
     assert again.num_params == inner.num_params
 
 
-def test_fusing_again_replaces_settings_and_corpus(inner):
+def test_fusing_again_changes_settings_or_the_corpus(inner):
     once = fused(inner, PROMPTS, hits=3)
     again = fused(once, min_suffix=1)
-    assert again.definition == Rasd(inner.definition.target, inner.definition, min_suffix=1)
-    assert again.params.keys() == inner.params.keys()
-    assert all(again.params[k] is v for k, v in inner.params.items())
+    assert again.definition == dataclasses.replace(once.definition, min_suffix=1)
+    assert again.params is once.params
+    without = fused(once, [])
+    assert without.definition == dataclasses.replace(once.definition, corpus_size=0)
+    assert without.params.keys() == inner.params.keys()
+    assert all(without.params[k] is v for k, v in inner.params.items())
 
 
 def test_by_name_it_is_the_inner_drafter_and_retrieval(target, inner):
