@@ -2,8 +2,8 @@
 
 Source: arXiv 2503.03434 (RASD), which fuses retrieved trees with EAGLE-2's and reports the best
 speedups on document QA, summarisation, code and in-domain QA; no per-task figures are confirmed.
-Looked up are the request's own text and the training rows, continuations by the target itself, so
-evaluation is in the corpus's domain but not in the corpus. The inner drafter is trained as ever;
+Looked up are the request's own text and the training rows, continuations by the target itself: the
+domain of the evaluation, but none of its prompts. The inner drafter is trained as ever;
 a drafter that is trained already needs `specjax.drafters.rasd.fused(drafter, documents)` alone.
 
 Command: python -m experiments.main --config=configs/rasd.py[:smoke]

@@ -192,8 +192,9 @@ def init_all(config, target, rows, seed: int) -> dict:
         size = (init | init.get("inner_options", {})).get("draft_vocab_size", 0)
         ids = frequent_tokens(rows, size) if size else None
         drafters[name] = init_drafter(cfg.drafter, target, seed, vocab_ids=ids, **init)
-        if cfg.get("corpus", False):
-            drafters[name] = fused(drafters[name], documents(rows))
+        if cfg.get("corpus", False):  # but for the prompts that calibration decodes
+            corpus = documents(rows)[config.calibrate.prompts :]
+            drafters[name] = fused(drafters[name], corpus)
     return drafters
 
 

@@ -30,9 +30,9 @@ def same_paths(rows: Rows, depth: int):
     """bool NxN: whether two rows at depths up to `depth` spell the same tokens from the root."""
     root_N = jnp.arange(rows.token_N.shape[0]) == 0
     equal = lambda x_N: x_N[:, None] == x_N  # noqa: E731
-    # The last `span` rows of both paths are equal; the root is equal to itself alone.
+    # The last `span` rows of both paths are equal; the root, its own parent, equals itself alone.
     same_NxN, up_N, span = equal(root_N) & (equal(rows.token_N) | root_N), rows.parent_N, 1
-    while span <= depth:
+    while span < depth:
         same_NxN, up_N, span = same_NxN & same_NxN[up_N][:, up_N], up_N[up_N], 2 * span
     return same_NxN
 
