@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from specjax.data.prompts import load_prompts
 from specjax.data.regenerate import Rows, pad_rows, regenerate
+from specjax.drafters.rasd import fused
 from specjax.evaluation.benchmark import (
     Method,
     Protocol,
@@ -125,6 +126,12 @@ def frequent_tokens(rows, size: int) -> np.ndarray:
     return np.sort(np.argsort(-counts, kind="stable")[:size])
 
 
+def documents(rows) -> list[np.ndarray]:
+    """The training rows without their padding: what a retrieval drafter may look in."""
+    ends = [int(mask.nonzero()[0].max(initial=-1)) + 1 for mask in rows["supervised"]]
+    return [tokens[:end] for tokens, end in zip(rows["tokens"], ends, strict=True)]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bench:
     """What all drafters of one run share."""
@@ -185,9 +192,12 @@ def init_all(config, target, rows, seed: int) -> dict:
     drafters = {}
     for name, cfg in config.drafters.items():
         init = cfg.init.to_dict()
-        size = init.get("draft_vocab_size", 0)
+        size = (init | init.get("inner_options", {})).get("draft_vocab_size", 0)
         ids = frequent_tokens(rows, size) if size else None
         drafters[name] = init_drafter(cfg.drafter, target, seed, vocab_ids=ids, **init)
+        if cfg.get("corpus", False):  # but for the prompts that calibration decodes
+            corpus = documents(rows)[config.calibrate.prompts :]
+            drafters[name] = fused(drafters[name], corpus)
     return drafters
 
 

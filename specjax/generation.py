@@ -14,7 +14,7 @@ import numpy as np
 from specjax import decoding
 from specjax.drafters import DRAFTERS, Drafter, Vanilla
 from specjax.files import write_safetensors, write_text
-from specjax.models.config import ModelConfig, RopeScaling
+from specjax.models.config import ModelConfig
 from specjax.models.hf import WEIGHT_DTYPES, Checkpoint
 from specjax.models.target import Target
 from specjax.sampling import GREEDY, Sampling
@@ -83,9 +83,8 @@ class TrainedDrafter:
             "format": "specjax",
             "algorithm": self.name,
             "target_fingerprint": self.fingerprint,
-            "drafter": {
-                k: v for k, v in dataclasses.asdict(self.definition).items() if k != "proposal"
-            },
+            "drafter": {"target": dataclasses.asdict(self.definition.target)}
+            | self.definition.plain(),
         }
         write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
 
@@ -94,15 +93,6 @@ def _family(name: str) -> type[Drafter]:
     if name not in DRAFTERS:
         raise ValueError(f"drafter: {name!r} is unknown; one of {tuple(DRAFTERS)}")
     return DRAFTERS[name]
-
-
-def _definition(name: str, target: ModelConfig, config: dict) -> Drafter:
-    fields = {f.name for f in dataclasses.fields(_family(name))} - {"target", "proposal"}
-    unknown = sorted(set(config) - fields)
-    if unknown:
-        raise ValueError(f"drafter {name!r} has no field {unknown[0]!r}; it has {sorted(fields)}")
-    config = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
-    return DRAFTERS[name](target, **config)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -129,13 +119,13 @@ def init_drafter(
     """
     if "folder" in config:
         fields, params = _family(name).load(target, config.pop("folder"))
-        definition = _definition(name, target.config, config | fields)
+        definition = _family(name).of(target.config, config | fields)
         like = jax.eval_shape(lambda p: definition.init(jax.random.key(0), p), target.params)
         if "buffers" in like:  # what a folder's model does not have
             fresh = _init(definition, jax.random.key(seed), target.params)
             params = params | {"buffers": fresh["buffers"]}
         return TrainedDrafter(definition, params, target.fingerprint)
-    definition = _definition(name, target.config, config)
+    definition = _family(name).of(target.config, config)
     params = _init(definition, jax.random.key(seed), target.params)
     if vocab_ids is not None:
         ids = np.sort(np.asarray(vocab_ids, np.int32))
@@ -144,18 +134,11 @@ def init_drafter(
                 f"vocab_ids: {ids.shape} distinct ids do not fit draft_vocab_size "
                 f"{definition.draft_vocab_size}"
             )
-        params = params | {"buffers": {"vocab_ids": jnp.asarray(ids)}}
+        buffers = params.get("buffers", {}) | {"vocab_ids": jnp.asarray(ids)}
+        params = params | {"buffers": buffers}
         if "head" in params:
             params["head"] = definition.init_head(target.params, params["buffers"]["vocab_ids"])
     return TrainedDrafter(definition, params, target.fingerprint)
-
-
-def _model_config(raw: dict) -> ModelConfig:
-    raw = raw | {
-        "rope_scaling": RopeScaling(**raw["rope_scaling"]),
-        "eos_token_ids": tuple(raw["eos_token_ids"]),
-    }
-    return ModelConfig(**raw)
 
 
 def load_drafter(folder, target: Target) -> TrainedDrafter:
@@ -171,10 +154,9 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
     try:
         record = json.loads(path.read_text())
         name = record["algorithm"]
-        fields = {
-            k: _model_config(v) if isinstance(v, dict) else v for k, v in record["drafter"].items()
-        }
-        config = fields.pop("target")
+        fields = dict(record["drafter"])
+        config = ModelConfig.of(fields.pop("target"))
+        definition = _family(name).of(config, fields)
         fingerprint = record["target_fingerprint"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a drafter's config: {error!r}") from error
@@ -184,7 +166,6 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
             f"{config.num_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}); "
             f"{target.name} has fingerprint {target.fingerprint}"
         )
-    definition = _definition(name, config, fields)
     like = jax.eval_shape(lambda p: definition.init(jax.random.key(0), p), target.params)
     checkpoint = Checkpoint(folder)
 

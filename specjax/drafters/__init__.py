@@ -8,6 +8,7 @@ from specjax.drafters.fasteagle import FastEagle
 from specjax.drafters.fasteagle_x import FastEagleX
 from specjax.drafters.medusa import Medusa
 from specjax.drafters.p_eagle import PEagle
+from specjax.drafters.rasd import Rasd
 
 _ALL = (
     FastEagle,
@@ -17,6 +18,7 @@ _ALL = (
     DFlash,
     Medusa,
     DraftModel,
+    Rasd,
 )
 DRAFTERS: dict[str, type[Drafter]] = {drafter.name: drafter for drafter in _ALL}
 

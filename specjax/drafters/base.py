@@ -86,6 +86,26 @@ class Drafter:
         return self.depth + 1
 
     @classmethod
+    def of(cls, target: ModelConfig, config: dict[str, Any]) -> "Drafter":
+        """The drafter that plain values describe: a recipe's, or `plain`'s after JSON.
+
+        Raises:
+          ValueError: a field that it does not have, or a value out of range (names the field).
+        """
+        fields = {f.name for f in dataclasses.fields(cls)} - {"target", "proposal"}
+        unknown = sorted(set(config) - fields)
+        if unknown:
+            raise ValueError(
+                f"drafter {cls.name!r} has no field {unknown[0]!r}; it has {sorted(fields)}"
+            )
+        return cls(target, **{k: _field(v) for k, v in config.items()})
+
+    def plain(self) -> dict[str, Any]:
+        """Its configuration as JSON can hold it; the target's is kept apart."""
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k not in ("target", "proposal")}
+
+    @classmethod
     def load(cls, target, folder) -> tuple[dict[str, Any], dict[str, Any]]:
         """(fields, parameters) of a model of its own in a folder, where the family has one.
 
@@ -130,6 +150,12 @@ class Drafter:
     def with_budget(self, **changes) -> "Drafter":
         """The same drafter (same parameters) with another tree."""
         return dataclasses.replace(self, **changes)
+
+
+def _field(value):
+    if isinstance(value, dict):
+        return ModelConfig.of(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclasses.dataclass(frozen=True)

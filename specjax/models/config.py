@@ -54,6 +54,12 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
 
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> "ModelConfig":
+        """Reads back what `dataclasses.asdict` and JSON made of one."""
+        scaling, ends = RopeScaling(**raw["rope_scaling"]), tuple(raw["eos_token_ids"])
+        return cls(**raw | {"rope_scaling": scaling, "eos_token_ids": ends})
+
     def replace(self, **changes) -> "ModelConfig":
         return dataclasses.replace(self, **changes)
 

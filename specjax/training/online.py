@@ -17,7 +17,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from specjax.drafters.learned import LearnedDrafter
 from specjax.generation import Generation, TrainedDrafter, encode_prompts, generate
 from specjax.models.target import Target
 from specjax.training.drafter import compiled_step, split_buffers
@@ -70,7 +69,7 @@ class OnlineTrainer:
         Raises:
           ValueError: a drafter without training, or interval or length below 1.
         """
-        if not isinstance(drafter.definition, LearnedDrafter):
+        if not drafter.definition.trained:
             raise ValueError(f"drafter: {drafter.name!r} is not trained")
         if interval < 1 or length < 1:
             raise ValueError(f"interval, length: {interval}, {length} must be at least 1")

@@ -62,6 +62,17 @@ VARIANTS = {
         "chain": dict(num_layers=2, draft_depth=3),
         "backbone": dict(num_layers=2, draft_depth=3, candidates=3),
     },
+    "rasd": {
+        "alone": dict(continuation=5, retrieved_nodes=9, min_suffix=1),
+        "fused": dict(
+            inner="fasteagle",
+            inner_options=dict(num_layers=3, candidates=2),
+            continuation=5,
+            retrieved_nodes=9,
+            min_suffix=1,
+            prune=False,
+        ),  # fmt: skip
+    },
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")
