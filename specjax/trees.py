@@ -6,7 +6,9 @@ come before children. A node's position is cache length + its depth, never its r
 
 import dataclasses
 import functools
+import heapq
 import itertools
+import math
 
 import flax.struct
 import jax
@@ -154,6 +156,36 @@ def paths(static_paths) -> Topology:
     order = sorted(nodes, key=lambda p: (len(p), p))
     row = {p: i for i, p in enumerate(order)}
     return Topology(tuple(-1 if not p else row[p[:-1]] for p in order))
+
+
+def likeliest(count: int, rank_probs) -> Topology:
+    """The tree of `count` drafted nodes that expects the most accepted tokens.
+
+    A child of rank r is taken to be accepted with probability rank_probs[r], whatever its parent:
+    a node then counts with the product along its path, and the largest ones are the tree. They
+    hold every ancestor and every earlier sibling of their own. Rows are ordered as in `paths`;
+    of equal nodes the shallower, then the one of earlier ranks, is taken first.
+
+    Raises:
+      ValueError: no node, or probabilities that are not below 1, positive and falling.
+    """
+    probs = [float(p) for p in rank_probs]
+    if count < 1:
+        raise ValueError(f"likeliest: count {count} must be at least 1")
+    if not probs or not 1 > probs[0] or not probs[-1] > 0 or probs != sorted(probs, reverse=True):
+        raise ValueError(f"likeliest: rank_probs {probs} must fall from below 1 and stay above 0")
+
+    def entry(path):  # sorted: equal products are then equal floats
+        return -math.prod(sorted(probs[rank] for rank in path)), len(path), path
+
+    chosen, heap = [], [entry((0,))]
+    while len(chosen) < count:
+        path = heapq.heappop(heap)[-1]
+        chosen.append(path)
+        heapq.heappush(heap, entry((*path, 0)))
+        if path[-1] + 1 < len(probs):
+            heapq.heappush(heap, entry((*path[:-1], path[-1] + 1)))
+    return paths(chosen)
 
 
 def visible_from_parents(parent_T, max_depth: int):

@@ -41,6 +41,8 @@ VARIANTS = {
         "tree": dict(steps=3, top_k=3, total_nodes=9),
     },
     "draft_model": {"chain": dict(draft_depth=3)},
+    "prompt_lookup": {"chain": dict(max_ngram=2, draft_depth=3)},
+    "token_recycling": {"tree": dict(successors=3, tree_nodes=8)},
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")
