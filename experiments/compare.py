@@ -31,7 +31,7 @@ from specjax.generation import init_drafter
 from specjax.models.target import Target, load_target
 from specjax.sampling import Sampling
 from specjax.training import sharding
-from specjax.training.drafter import TauProbe, train_drafter
+from specjax.training.drafter import TauProbe, TrainingCost, train_drafter
 from specjax.training.metrics import MetricsLog
 from specjax.training.progress import duration, say
 from specjax.training.sources import SOURCES, OwnRows, Writing
@@ -204,6 +204,8 @@ def train_config(config: ConfigDict, name: str) -> ConfigDict:
 def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Method]:
     """Trains (or resumes) each drafter, saves it and returns it at the shared tree.
 
+    Those that are not trained cost nothing.
+
     Args:
       seed: of initial weights, order of data, and gates that sample.
       names: of the drafters to train, None = all.
@@ -221,11 +223,14 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
             f"{name}: {drafter.num_params / 1e6:.2f}M parameters, "
             f"target {target.num_params / 1e6:.2f}M"
         )
-        cfg, tree = train_config(config, name), config.drafters[name].tree.to_dict()
-        drafter, cost = train_drafter(
-            target, drafter, cfg, batches(bench, name, cfg, seed, within), tree, probe,
-            bench.folder, bench.metrics, "/".join(filter(None, (name, within))), bench.mesh, seed,
-        )  # fmt: skip
+        tree, cost = config.drafters[name].tree.to_dict(), TrainingCost(0, 0.0)
+        if drafter.definition.trained:
+            cfg = train_config(config, name)
+            drafter, cost = train_drafter(
+                target, drafter, cfg, batches(bench, name, cfg, seed, within), tree, probe,
+                bench.folder, bench.metrics, "/".join(filter(None, (name, within))), bench.mesh,
+                seed,
+            )  # fmt: skip
         drafter = drafter.with_budget(**tree)
         drafter.save(bench.folder / "drafters" / within / name)
         methods.append(Method(name, drafter, cost, config.eval.rule or None))

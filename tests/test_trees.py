@@ -14,6 +14,7 @@ from specjax.trees import (
     branching,
     chain,
     children_from_parents,
+    likeliest,
     paths,
     visible_from_parents,
 )
@@ -144,6 +145,39 @@ def test_branching_gives_every_node_of_a_level_as_many_children(counts):
     assert tree.nodes == start + width and tree.max_depth == len(counts)
 
 
+@pytest.mark.parametrize("probs", [(0.5, 0.25, 0.125), (0.7, 0.2), (0.4, 0.4, 0.1), (0.3,)])
+def test_likeliest_expects_more_accepted_tokens_than_any_other_tree(probs):
+    """Against all trees of few nodes, grown node by node in every way."""
+    value = lambda path: np.prod([probs[rank] for rank in path])  # noqa: E731
+    best, grown = {}, {frozenset([()])}
+    for count in range(1, 6):
+        grown = {
+            tree | {(*path, rank)}
+            for tree in grown
+            for path in tree
+            for rank in range(len(probs))
+            if (*path, rank) not in tree
+        }
+        best[count] = max(sum(map(value, tree)) - 1 for tree in grown)
+    for count in best:
+        tree = likeliest(count, probs)
+        assert tree.nodes == count + 1
+        reach = np.ones(tree.nodes)
+        for row, children in enumerate(tree.child_TxC):
+            for rank, child in enumerate(children[children >= 0]):
+                reach[child] = reach[row] * probs[rank]
+        assert reach[1:].sum() == pytest.approx(best[count])
+
+
+def test_likeliest_breaks_ties_by_depth_then_rank():
+    halves = [0.5 ** (rank + 1) for rank in range(8)]
+    # Values 1/2; 1/4, 1/4; then of (2,), (0, 1), (1, 0), (0, 0, 0), all 1/8, the first two.
+    assert likeliest(5, halves) == paths([(0,), (1,), (0, 0), (2,), (0, 1)])
+    assert likeliest(7, halves).max_depth == 3
+    assert likeliest(4, [0.9]) == chain(4)
+    assert likeliest(3, [1e-3] * 3) == branching((3,))
+
+
 def test_only_last_moves_is_what_it_says():
     """True exactly when, on every root-to-node path, all but the last row equal their depth."""
     random = np.random.RandomState(3)
@@ -196,6 +230,11 @@ def test_draft_is_batched():
         (lambda: branching((2, 0)), r"\(2, 0\)"),
         (lambda: paths([]), "no path"),
         (lambda: paths([(0, -1)]), r"\(0, -1\)"),
+        (lambda: likeliest(0, [0.5]), "count 0"),
+        (lambda: likeliest(2, [1.0, 0.5]), "rank_probs"),
+        (lambda: likeliest(2, [0.25, 0.5]), "rank_probs"),
+        (lambda: likeliest(2, [0.5, 0.0]), "rank_probs"),
+        (lambda: likeliest(2, []), "rank_probs"),
     ],
 )
 def test_errors(make, words):

@@ -152,9 +152,11 @@ def _recycle_pairs(adjacency_Vxk, tokens_P, next_P, count):
         # What stood before the token moves back by one; without it, all do and the last goes.
         until = jnp.where(jnp.any(here_k), jnp.argmax(here_k), place_k[-1])
         moved_k = jnp.where(place_k <= until, jnp.roll(row_k, 1), row_k).at[0].set(token)
-        return adjacency_Vxk.at[tokens_P[p]].set(moved_k)
+        at = jnp.where(p < count, tokens_P[p], adjacency_Vxk.shape[0])
+        return adjacency_Vxk.at[at].set(moved_k, mode="drop")
 
-    return jax.lax.fori_loop(0, count, learn, adjacency_Vxk)
+    # All P places, so that requests of other lengths do not copy their matrices meanwhile.
+    return jax.lax.fori_loop(0, tokens_P.shape[0], learn, adjacency_Vxk)
 
 
 @jax.jit

@@ -24,8 +24,13 @@ HOT, WARM, COLD = Sampling(1.3), Sampling(1.0), Sampling(0.6)
 FILTERED = [Sampling(t, 4, 0.9) for t in (1.3, 1.0, 0.6)]
 HOT_CUT, WARM_CUT, COLD_CUT = FILTERED
 
-CHAIN = {"fasteagle": dict(candidates=1), "eagle3": dict(top_k=1), "draft_model": {}}
-TREE = {"fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6)}
+CHAIN = {
+    "fasteagle": dict(candidates=1), "eagle3": dict(top_k=1), "draft_model": {},
+    "prompt_lookup": {},
+}  # fmt: skip
+TREE = {
+    "fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6), "token_recycling": {},
+}  # fmt: skip
 WIDE = {"fasteagle": dict(candidates=3), "eagle3": dict(top_k=2, total_nodes=6)}
 
 BRANCHED = {"eagle3": dict(branching=(2, 2))}
@@ -70,6 +75,8 @@ def drafter(target):
         steps = {
             "fasteagle": dict(num_layers=2), "eagle3": dict(steps=2),
             "draft_model": dict(num_layers=1, draft_depth=2),
+            "prompt_lookup": dict(draft_depth=2),
+            "token_recycling": dict(successors=2, tree_nodes=4),
         }[name]  # fmt: skip
         return specjax.init_drafter(name, target, **steps, **dict(shape))
 
@@ -114,6 +121,8 @@ RUNS = [
     ("traversal", {"replacement": True}, "eagle3", BRANCHED, WARM),
     ("token", {}, "draft_model", CHAIN, WARM),
     ("block", {}, "draft_model", CHAIN, COLD_CUT),
+    ("match", {}, "prompt_lookup", CHAIN, WARM),
+    ("match", {}, "token_recycling", TREE, WARM_CUT),
 ]
 
 
