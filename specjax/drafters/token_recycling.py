@@ -1,14 +1,14 @@
 """Token recycling: drafts from the successors that the target last ranked highest for each token.
 
-Source: arXiv 2408.08696. A matrix holds k successors of every token. A draft walks it: a node's
-children are the first successors of its token, over a fixed tree. Every row the target scores,
-accepted or not, then rewrites its token's successors with the target's top k.
+Source: arXiv 2408.08696. A matrix holds k successors of every token, zeros to start with. A draft
+walks it over a fixed tree: a node's children are the first successors of its token. Every row that
+the target scores, accepted or not, then rewrites its token's successors with the target's top k.
+The matrix is kept from one request to the next.
 
-Kept from the release: zeros to start with, all rows recycled, the matrix kept from one request to
-the next. Ours: of two rows with one token the later writes; siblings with one token (rows of the
-matrix that nothing has been written to are all zeros) are one node, so the further ones are invalid;
-each request of a batch has a matrix of its own; and the tree, whose template is derived, not
-copied (`RANK_PROBS`).
+Our choices: of two rows with one token the later in the tree writes. Siblings with one token, as
+the zeros of a token not met before are, count once: the further ones are invalid. Each request of a
+batch works on its own copy of the matrix, so that it decodes as it would alone. The tree is
+derived, for any number of nodes (`_template`).
 """
 
 import dataclasses
@@ -23,8 +23,6 @@ import numpy as np
 from specjax.drafters.base import Drafter
 from specjax.sampling import top_ids
 from specjax.trees import Topology, likeliest
-
-FIRST, FALL = 0.5, 0.5
 
 
 @flax.struct.dataclass
@@ -42,7 +40,8 @@ class TokenRecycling(Drafter):
 
     successors: int = 8  # k
     tree_nodes: int = 80  # drafted rows
-    # Whether a prompt's own pairs of tokens are put into the matrix, the latest first.
+    # Whether each token of a prompt first goes to the front of its predecessor's successors, which
+    # the release does not do: text to come resembles the prompt, and it is P small integer updates.
     warm: bool = True
 
     def __post_init__(self):
@@ -72,17 +71,11 @@ class TokenRecycling(Drafter):
     def prefill(self, params, target_params, state, committed, context) -> Successors:
         B, P = committed.tokens_BxA.shape
         adjacency_Vxk = params["buffers"]["adjacency"]
-        if not self.warm:
-            return Successors(jnp.broadcast_to(adjacency_Vxk, (B, *adjacency_Vxk.shape)))
-        learn = jax.vmap(_recycle_pairs, (None, 0, 0, 0))
-        return Successors(
-            learn(
-                adjacency_Vxk,
-                context.tokens_BxS[:, :P],
-                committed.tokens_BxA,
-                committed.counts_B,
-            )
-        )
+        adjacency_BxVxk = jnp.broadcast_to(adjacency_Vxk, (B, *adjacency_Vxk.shape))
+        if self.warm:
+            pairs = context.tokens_BxS[:, :P], committed.tokens_BxA, committed.counts_B
+            adjacency_BxVxk = jax.vmap(_recycle_pairs)(adjacency_BxVxk, *pairs)
+        return Successors(adjacency_BxVxk)
 
     def draft(self, params, target_params, state: Successors, context, key):
         walk = functools.partial(_walk, self.topology)
@@ -92,9 +85,8 @@ class TokenRecycling(Drafter):
     def absorb(self, params, state: Successors, committed, tree, scored) -> Successors:
         live_BxT = tree.valid_T & (committed.counts_B > 0)[:, None]
         ids_BxTxk = top_ids(scored.logits_BxTxV, self.successors)
-        return Successors(
-            jax.vmap(_recycle_rows)(state.adjacency_BxVxk, tree.tokens_T, ids_BxTxk, live_BxT)
-        )
+        recycle = jax.vmap(_recycle_rows)
+        return Successors(recycle(state.adjacency_BxVxk, tree.tokens_T, ids_BxTxk, live_BxT))
 
     def keep(self, params, state: Successors) -> dict[str, Any]:
         """The matrix after the requests; where several changed a token's row, the last one's."""
@@ -104,7 +96,12 @@ class TokenRecycling(Drafter):
 
 @functools.lru_cache
 def _template(count: int, k: int) -> Topology:
-    return likeliest(count, [FIRST * FALL**rank for rank in range(k)])
+    """The likeliest tree if each successor is half as likely to come as the one before it.
+
+    For 80 nodes that is 7, 21, 30, 15, 6 and 1 from depth 1 to 6; the release's 80 are 8, 21, 25,
+    15, 8 and 3.
+    """
+    return likeliest(count, [0.5 ** (rank + 1) for rank in range(k)])
 
 
 def _walk(topology: Topology, adjacency_Vxk, root):
