@@ -35,7 +35,7 @@ from specjax.models.target import Target, load_target
 from specjax.sampling import Sampling
 from specjax.training import sharding
 from specjax.training.acceptance import fit_acceptance, wants_acceptance_head
-from specjax.training.drafter import TauProbe, train_drafter
+from specjax.training.drafter import TauProbe, TrainingCost, train_drafter
 from specjax.training.metrics import MetricsLog
 from specjax.training.progress import duration, say
 from specjax.training.sources import SOURCES, OwnRows, Writing
@@ -245,6 +245,8 @@ def train_config(config: ConfigDict, name: str) -> ConfigDict:
 def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Method]:
     """Trains (or resumes) each drafter, saves it and returns it at the shared tree.
 
+    Those that are not trained cost nothing.
+
     Args:
       seed: of initial weights, order of data, and gates that sample.
       names: of the drafters to train, None = all.
@@ -262,15 +264,16 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
             f"{name}: {drafter.num_params / 1e6:.2f}M parameters, "
             f"target {target.num_params / 1e6:.2f}M"
         )
-        cfg, tree = train_config(config, name), config.drafters[name].tree.to_dict()
-        drafter, cost = train_drafter(
-            target, drafter, cfg, batches(bench, name, cfg, seed, within), without_paths(tree),
-            probe, bench.folder, bench.metrics, "/".join(filter(None, (name, within))),
-            bench.mesh, seed,
-        )  # fmt: skip
-        if wants_acceptance_head(drafter):
+        tree, cost = config.drafters[name].tree.to_dict(), TrainingCost(0, 0.0)
+        if drafter.definition.trained:
+            cfg = train_config(config, name)
             rows = batches(bench, name, cfg, seed, within)
-            drafter, _ = fit_acceptance(target, drafter, rows, cfg.acceptance_steps, seed=seed)
+            drafter, cost = train_drafter(
+                target, drafter, cfg, rows, without_paths(tree), probe, bench.folder,
+                bench.metrics, "/".join(filter(None, (name, within))), bench.mesh, seed,
+            )  # fmt: skip
+            if wants_acceptance_head(drafter):
+                drafter, _ = fit_acceptance(target, drafter, rows, cfg.acceptance_steps, seed=seed)
         drafter = drafter.with_budget(**with_best_paths(bench, drafter, tree))
         drafter.save(bench.folder / "drafters" / within / name)
         methods.append(Method(name, drafter, cost, config.eval.rule or None))

@@ -1,5 +1,6 @@
 """The compare experiment end to end on a tiny budget: what a run folder must hold."""
 
+import importlib
 import json
 import pathlib
 import shutil
@@ -8,14 +9,19 @@ import sys
 
 import jax
 import pytest
+from toys import toy_target
 
 import specjax
+from experiments import compare
+from specjax.evaluation.benchmark import Shapes
 from specjax.evaluation.results import FURTHER_KEYS, ROW_KEYS, read_results
 from specjax.evaluation.spec_bench import compare_answers, read_answers
 from specjax.models.config import ModelConfig
 from specjax.models.hf import save_target
 from specjax.models.target import BUILTIN
 from specjax.models.transformer import init_params
+from specjax.training.drafter import TrainingCost
+from specjax.training.metrics import MetricsLog
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMAND = [
@@ -71,6 +77,51 @@ def test_a_run_folder_is_complete_and_resumes(tmp_path):
 
     other = run(f"--workdir={folder}", "--config.seed=1")
     assert other.returncode != 0 and "seed: 0 there, 1 now" in other.stderr
+
+
+UNTRAINED = ("prompt_lookup", "token_recycling")
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_drafters_that_are_not_trained_cost_nothing(name, tmp_path, monkeypatch):
+    """They come out as they went in, at the recipe's tree, and lie in the run folder."""
+    monkeypatch.setattr(compare, "train_drafter", None)  # not even called
+    config = importlib.import_module(f"configs.{name}").get_config()
+    target = toy_target()
+    bench = compare.Bench(
+        config, tmp_path, target, mesh=None, metrics=MetricsLog(tmp_path / "metrics.jsonl"),
+        train_prompts=[], train_rows={}, tasks={"none": []}, shapes={"none": Shapes()},
+    )  # fmt: skip
+    (method,) = compare.train_all(bench, seed=0)
+    assert (method.name, method.cost, method.rule) == (name, TrainingCost(0, 0.0), None)
+    tree = config.drafters[name].tree.to_dict()
+    assert all(getattr(method.drafter.definition, k) == v for k, v in tree.items())
+    loaded = specjax.load_drafter(tmp_path / "drafters" / name, target)
+    assert loaded.definition == method.drafter.definition
+    for budget in config.drafters[name].budgets:
+        assert method.drafter.with_budget(**budget).definition.nodes > 1
+    assert not bench.metrics.path.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_recipes_without_training_run(name, tmp_path):
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "experiments.main", f"--config=configs/{name}.py:smoke",
+            f"--workdir={tmp_path}",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=900,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = read_results(tmp_path / "results.json")["rows"]
+    assert {r["method"] for r in rows} == {"vanilla", name, f"{name}/best"}
+    for row in rows:
+        assert (row["train_tokens"], row["train_seconds"], row["drafter_parameters"]) == (0, 0, 0)
+        if row["temperature"] == 0:
+            assert row["lossless"]["identical"] + row["lossless"]["ties"] == 4
+            assert row["method"] == "vanilla" or row["tau"] > 1
+    assert (tmp_path / "report.html").is_file()
 
 
 @pytest.mark.slow

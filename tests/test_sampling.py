@@ -16,6 +16,7 @@ from specjax.sampling import (
     draw,
     filtered_probs,
     top_candidates,
+    top_ids,
 )
 
 V = 61
@@ -121,6 +122,20 @@ def test_top_candidates_are_the_first_of_the_largest():
     expected = np.argsort(-scores, axis=-1, kind="stable")[..., :5]
     np.testing.assert_array_equal(indices, expected)
     np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, -1))
+    assert indices.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("size, count", [(9, 5), (64, 64), (700, 8), (1000, 3), (640, 10)])
+def test_top_ids_are_the_first_of_the_largest(size, count):
+    """Within one block and over several, the last one padded; ties everywhere, and -inf."""
+    random = np.random.RandomState(size)
+    few = random.randint(0, 4, (2, 10, size)).astype(np.float32)
+    many = np.sort(random.randn(1, 10, size).astype(np.float32))[..., :: random.choice([-1, 1])]
+    sparse = np.where(random.rand(1, 10, size) < 0.01, 1.0, -np.inf).astype(np.float32)
+    scores = np.concatenate([few, many, sparse, np.zeros_like(sparse)])
+    indices = jax.jit(top_ids, static_argnums=1)(jnp.asarray(scores), count)
+    expected = np.argsort(-scores, axis=-1, kind="stable")[..., :count]
+    np.testing.assert_array_equal(indices, expected)
     assert indices.dtype == jnp.int32
 
 

@@ -8,7 +8,9 @@ from specjax.drafters.fasteagle import FastEagle
 from specjax.drafters.fasteagle_x import FastEagleX
 from specjax.drafters.medusa import Medusa
 from specjax.drafters.p_eagle import PEagle
+from specjax.drafters.prompt_lookup import PromptLookup
 from specjax.drafters.rasd import Rasd
+from specjax.drafters.token_recycling import TokenRecycling
 
 _ALL = (
     FastEagle,
@@ -18,6 +20,8 @@ _ALL = (
     DFlash,
     Medusa,
     DraftModel,
+    PromptLookup,
+    TokenRecycling,
     Rasd,
 )
 DRAFTERS: dict[str, type[Drafter]] = {drafter.name: drafter for drafter in _ALL}

@@ -73,6 +73,8 @@ VARIANTS = {
             prune=False,
         ),  # fmt: skip
     },
+    "prompt_lookup": {"chain": dict(max_ngram=2, draft_depth=3)},
+    "token_recycling": {"tree": dict(successors=3, tree_nodes=8)},
 }
 CASES = [
     pytest.param((name, config), id=f"{name}-{label}")

@@ -24,9 +24,12 @@ HOT, WARM, COLD = Sampling(1.3), Sampling(1.0), Sampling(0.6)
 FILTERED = [Sampling(t, 4, 0.9) for t in (1.3, 1.0, 0.6)]
 HOT_CUT, WARM_CUT, COLD_CUT = FILTERED
 
-CHAIN = {"fasteagle": dict(candidates=1), "eagle3": dict(top_k=1), "draft_model": {}}
+CHAIN = {
+    "fasteagle": dict(candidates=1), "eagle3": dict(top_k=1), "draft_model": {},
+    "prompt_lookup": {},
+}  # fmt: skip
 TREE = {
-    "fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6),
+    "fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6), "token_recycling": {},
     "medusa": dict(tree_nodes=6), "p_eagle": dict(candidates=2),
 }  # fmt: skip
 WIDE = {"fasteagle": dict(candidates=3), "eagle3": dict(top_k=2, total_nodes=6)}
@@ -74,6 +77,8 @@ def drafter(target):
             "fasteagle": dict(num_layers=2), "eagle3": dict(steps=2),
             "draft_model": dict(num_layers=1, draft_depth=2), "medusa": dict(heads=2),
             "p_eagle": dict(num_layers=2, draft_depth=2),
+            "prompt_lookup": dict(draft_depth=2),
+            "token_recycling": dict(successors=2, tree_nodes=4),
         }[name]  # fmt: skip
         return specjax.init_drafter(name, target, **steps, **dict(shape))
 
@@ -122,6 +127,8 @@ RUNS = [
     ("traversal", {"replacement": True}, "medusa", TREE, COLD),
     ("recursive_rejection", {}, "medusa", TREE, COLD_CUT),
     ("traversal", {}, "p_eagle", TREE, COLD),
+    ("match", {}, "prompt_lookup", CHAIN, WARM),
+    ("match", {}, "token_recycling", TREE, WARM_CUT),
 ]
 
 
