@@ -3,7 +3,7 @@
 Sources: each drafter's own recipe names its paper. `fasteagle`, `eagle3`, `p_eagle`, `dflash`,
 `medusa` and `draft_model` train on the same rows for the same steps; `prompt_lookup` and
 `token_recycling` have nothing to train; `rasd` is FastEagle with what it retrieves from the request
-so far. Every tree has 7 rows (chains what their depth asks for, at most that).
+so far. No tree has more than 7 rows, the root included; chains have what their depth asks for.
 
 Commands:
   python -m experiments.main --config=configs/compare.py          built-in target, CPU
@@ -42,6 +42,12 @@ def get_config(preset: str = "") -> ConfigDict:
         for name, drafter in recipe.get_config(preset).drafters.items():
             if name not in config.drafters:
                 config.drafters[name] = drafter
+    config.drafters.token_recycling.tree = ConfigDict(dict(tree_nodes=NODES - 1))
+    # Retrieval gets the rows that a chain leaves of the budget.
+    chain = dict(draft_depth=3, candidates=1)
+    config.drafters.rasd.tree = ConfigDict(
+        dict(inner_options=chain, retrieved_nodes=NODES - 4, prune=False)
+    )
     for drafter in config.drafters.values():
         drafter.budgets = ()  # one tree each: the comparison is at equal nodes
     config.eval.rule = ""  # drafters that draw nothing serve sample-and-match

@@ -1,6 +1,8 @@
 """Run folders and recipes."""
 
+import importlib
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,19 @@ import optax
 import pytest
 
 from configs import builtin_target, common, eagle3, fasteagle
+from experiments.compare import any_paths, budgets_of
 from specjax.data.regenerate import Rows, pad_rows
 from specjax.data.windows import Windows
 from specjax.distillation.deepkd import STREAMS, DeepKD, deepkd_trace
 from specjax.distillation.gsnr import probe_gsnr
+from specjax.drafters import DRAFTERS
+from specjax.models.config import ModelConfig
 from specjax.training.optimizers import make_optimizer
 from specjax.training.run import open_run
 from specjax.training.state import create
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+NOT_RECIPES = ("__init__", "builtin_target", "common")
 
 
 def test_config_is_recorded_and_reopened(tmp_path):
@@ -49,6 +57,27 @@ def test_every_preset_builds(recipe, preset):
     config = recipe.get_config(preset)
     assert config.drafters and config.eval.temperatures == (0.0, 1.0)
     json.dumps(config.to_dict())
+
+
+RECIPES = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem not in NOT_RECIPES)
+
+
+@pytest.mark.parametrize("preset", ["", "smoke"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_s_drafters_exist_with_every_tree(name, preset):
+    config = importlib.import_module(f"configs.{name}").get_config(preset)
+    config.lock()
+    target = ModelConfig(
+        vocab_size=3072, hidden_size=32, intermediate_size=64, num_layers=6, num_heads=4,
+        num_kv_heads=2, head_dim=8,
+    )  # fmt: skip
+    assert len(config.drafters)
+    for cfg in config.drafters.values():
+        drafter = DRAFTERS[cfg.drafter].of(target, cfg.init.to_dict())
+        for budget in budgets_of(cfg):
+            shaped = drafter.with_budget(**any_paths(budget))
+            assert shaped.nodes > shaped.depth >= 1
+        assert "best_nodes" not in cfg.tree or shaped.nodes == cfg.tree.best_nodes
 
 
 def test_configs_are_locked_and_presets_are_named():
