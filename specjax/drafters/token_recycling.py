@@ -43,7 +43,9 @@ class TokenRecycling(Drafter):
     successors: int = 8  # k
     tree_nodes: int = 80  # drafted rows
     # Whether each token of a prompt first goes to the front of its predecessor's successors, which
-    # the release does not do: text to come resembles the prompt, and it is P small integer updates.
+    # the release does not do: P small integer updates a request. On the built-in target's greedy
+    # answers 2.80 tokens a round and not 2.74 with 16 nodes (32 prompts), 3.59 and not 3.46 with 80
+    # (24 prompts); at temperature 1 one run went each way.
     warm: bool = True
 
     def __post_init__(self):
