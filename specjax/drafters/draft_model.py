@@ -3,10 +3,11 @@
 Source: Leviathan et al. 2211.17192, Chen et al. 2302.01318. Any model of the same vocabulary will
 do; without one, a shallow model of the target's family is made and distilled like every drafter.
 
-The cache holds the model's keys and values of committed tokens. A round feeds the last two of them,
-then each drafted token but the last: after a draft that was accepted whole its last token has not
-been fed yet, and feeding a token again that was writes the same row. Nothing is rolled back, since
-slots past the committed length are scratch.
+The cache holds the model's keys and values of committed tokens. A round feeds the last `catch_up`
+of them, then each drafted token but the last. Two are enough for its own drafts: after one that was
+accepted whole its last token has not been fed yet, and feeding a token again that was writes the
+same row. Where others draft beside it, as many as a round may commit are fed. Nothing is rolled
+back, since slots past the committed length are scratch.
 
 Adaptive length (`stop`): a row whose policy says stop drafts no further, its later tree rows are
 invalid, and drafting ends when every row of the batch has stopped.
@@ -63,6 +64,7 @@ class DraftModel(LearnedDrafter):
     # probable than this
     threshold: float = 0.3
     min_depth: int = 1  # tokens drafted whatever the policy says
+    catch_up: int = 2  # newest committed tokens that a round feeds
     own_model: ModelConfig | None = None  # geometry of a model that was loaded; overrides the rest
 
     def __post_init__(self):
@@ -75,6 +77,8 @@ class DraftModel(LearnedDrafter):
             raise ValueError(
                 f"min_depth: {self.min_depth} must be in [1, draft_depth={self.draft_depth}]"
             )
+        if self.catch_up < 2:
+            raise ValueError(f"catch_up: {self.catch_up} must be at least 2")
         if self.draft_vocab_size:
             raise ValueError("draft_vocab_size: a draft model reads out its whole vocabulary")
         if self.model.vocab_size != self.target.vocab_size:
@@ -112,6 +116,9 @@ class DraftModel(LearnedDrafter):
     @property
     def unrolled(self) -> int:
         return 1  # trained as what it is, a language model
+
+    def among_others(self, depth: int) -> "DraftModel":
+        return dataclasses.replace(self, catch_up=max(2, depth + 1))
 
     @classmethod
     def load(cls, target, folder):
@@ -153,17 +160,19 @@ class DraftModel(LearnedDrafter):
         return out.hidden_BxTxD, out.cache
 
     def draft(self, params, target_params, state, context, key):
-        B, T = context.lengths_B.shape[0], self.nodes
-        start_B = context.lengths_B - 2  # a prompt and its first new token: never below 0
-        last = jax.vmap(lambda row, n: jax.lax.dynamic_slice(row, (n,), (2,)))
-        hidden, cache = self._feed(params, state, last(context.tokens_BxS, start_B), start_B)
+        B, T, W = context.lengths_B.shape[0], self.nodes, self.catch_up
+        root_at_B = context.lengths_B - 1
+        start_B = jnp.maximum(context.lengths_B - W, 0)  # a short text: rows past the root are junk
+        newest = jax.vmap(lambda row, n: jax.lax.dynamic_slice(row, (n,), (W,)))
+        hidden, cache = self._feed(params, state, newest(context.tokens_BxS, start_B), start_B)
+        place_Bx1x1 = (root_at_B - start_B)[:, None, None]
         law_BxTxV = None
         if self.proposal.sampled:  # the deepest row has no children; its law is any
             law_BxTxV = jnp.full((B, T, self.target.vocab_size), -jnp.inf)
         root = jnp.arange(T) == 0
         draft = _Chain(
             cache,
-            hidden[:, -1],
+            jnp.take_along_axis(hidden, place_Bx1x1, axis=1)[:, 0],
             jnp.where(root, context.root_B()[:, None], 0),
             jnp.broadcast_to(root, (B, T)),
             jnp.ones(B, bool),
@@ -175,7 +184,7 @@ class DraftModel(LearnedDrafter):
         def step(level, draft):
             token_Bx1 = jax.lax.dynamic_slice_in_dim(draft.tokens_BxT, level, 1, axis=1)
             with jax.named_scope("step"):
-                hidden, cache = self._feed(params, draft.cache, token_Bx1, start_B + 1 + level)
+                hidden, cache = self._feed(params, draft.cache, token_Bx1, root_at_B + level)
             draft = draft.replace(hidden_BxD=hidden[:, 0], cache=cache)
             return self._draw(params, target_params, draft, level + 1, key)
 
@@ -189,7 +198,7 @@ class DraftModel(LearnedDrafter):
                 (jnp.int32(1), draft),
             )
         tree = self.topology.draft(draft.tokens_BxT, draft.law_BxTxV)
-        # Committed rows that are final: all but the last two, which the next round feeds again.
+        # Committed rows that are final: all but those which the next round may feed again.
         return tree.replace(valid_T=draft.valid_BxT), draft.cache.replace(lengths_B=start_B)
 
     def _draw(self, params, target_params, draft: _Chain, level, keys_B) -> _Chain:

@@ -23,7 +23,6 @@ import jax.numpy as jnp
 
 from specjax.drafters import retrieval
 from specjax.drafters.base import Committed, Drafter, Vanilla
-from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.fusion import fuse, trie
 
 
@@ -59,12 +58,10 @@ class Rasd(Drafter):
             )
         if isinstance(self.inner, Rasd):
             raise ValueError("inner: retrieval does not nest")
-        if isinstance(self.inner, DraftModel):
-            raise ValueError(
-                "inner: drafter 'draft_model' must have drafted every token it goes on from"
-            )
         if self.inner is not None and self.inner.target != self.target:
             raise ValueError("inner: was made for another target")
+        if self.inner is not None:
+            object.__setattr__(self, "inner", self.inner.among_others(self.depth))
         drafted = self._drafter.nodes
         if self.total_nodes and not drafted < self.total_nodes <= drafted + self.retrieved_nodes:
             raise ValueError(

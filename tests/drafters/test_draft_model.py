@@ -11,6 +11,7 @@ from toys import PROMPTS, greedy_continuations, random_target, run_recording, to
 import specjax
 from specjax.data.tokenizer import save_tokenizer, train_bpe
 from specjax.drafters import Context
+from specjax.drafters.rasd import fused
 from specjax.generation import make_engine, start
 from specjax.models import transformer
 from specjax.models.hf import save_target
@@ -54,6 +55,27 @@ def test_every_draft_is_the_model_s_own_greedy_continuation(target, drafter):
         own = greedy_continuations(model, texts, DEPTH)
         np.testing.assert_array_equal(tree.tokens_T[:, 1:], own)
     assert {1, DEPTH + 1} <= lengths  # nothing accepted, and a whole draft
+
+
+def test_it_goes_on_from_tokens_that_others_drafted(target, drafter):
+    """Inside `rasd`, whose retrieved rows are committed too: still its own greedy continuation."""
+    both = fused(drafter, continuation=6, retrieved_nodes=8, min_suffix=1, prune=False)
+    engine, params = make_engine(target, both, stop_tokens=())
+    _, record = run_recording(engine, params, start(engine, params, PROMPTS, 40))
+    model = Target("draft", drafter.definition.model, drafter.params, None)
+    inner, beyond = engine.drafter.inner, 0
+    redraft = jax.jit(inner.draft)
+    for before, after in zip(record, record[1:], strict=False):
+        beyond = max(beyond, int((after.lengths_B - before.lengths_B).max()))
+        context = Context(jnp.asarray(before.tokens_BxS), jnp.asarray(before.lengths_B))
+        tree, _ = redraft(drafter.params, target.params, before.drafter, context, None)
+        texts = [
+            row[:n].tolist() for row, n in zip(before.tokens_BxS, before.lengths_B, strict=True)
+        ]
+        np.testing.assert_array_equal(
+            tree.tokens_T[:, 1:], greedy_continuations(model, texts, DEPTH)
+        )
+    assert beyond > DEPTH + 1  # rounds that committed more than it can draft
 
 
 def test_teaching_aligns_with_drafting(target, drafter):

@@ -72,6 +72,14 @@ VARIANTS = {
             min_suffix=1,
             prune=False,
         ),  # fmt: skip
+        "fused with a model": dict(
+            inner="draft_model",
+            inner_options=dict(draft_depth=2, num_layers=1),
+            continuation=5,
+            retrieved_nodes=9,
+            min_suffix=1,
+            prune=False,
+        ),  # fmt: skip
     },
     "prompt_lookup": {"chain": dict(max_ngram=2, draft_depth=3)},
     "token_recycling": {"tree": dict(successors=3, tree_nodes=8)},

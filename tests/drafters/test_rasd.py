@@ -221,7 +221,6 @@ def test_by_name_it_is_the_inner_drafter_and_retrieval(target, inner):
         ),
         (dict(inner_options=dict(layres=1)), "inner_options"),
         (dict(inner="rasd"), "nest"),
-        (dict(inner="draft_model"), "draft_model"),
     ],
 )
 def test_bad_fields_are_named(target, fields, match):
