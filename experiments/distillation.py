@@ -1,4 +1,4 @@
-"""One drafter under many training objectives: seeds, paired differences, a winner met again."""
+"""Variants of a drafter, its objectives above all: seeds, paired differences, a second meeting."""
 
 import json
 import time

@@ -39,6 +39,28 @@ def run(*arguments):
 
 
 @pytest.mark.slow
+def test_every_drafter_stands_in_one_table(tmp_path):
+    """configs/compare.py:smoke, at less of everything but drafters."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "experiments.main", "--config=configs/compare.py:smoke",
+            f"--workdir={tmp_path}", "--config.train.steps=2", "--config.train.tau_every=0",
+            "--config.train.checkpoint_every=0", "--config.eval.prompts=2",
+            "--config.eval.max_new_tokens=12", "--config.eval.temperatures=(0.0,)",
+            "--config.eval.timing_repeats=1",
+        ],
+        cwd=ROOT, capture_output=True, text=True, timeout=1500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = read_results(tmp_path / "results.json")["rows"]
+    assert {r["method"] for r in rows} == {"vanilla", *specjax.drafter_names()}
+    assert max(r["nodes"] for r in rows) == 7
+    for row in rows:
+        verdict = row["lossless"]
+        assert verdict["identical"] + verdict["ties"] == verdict["checked"] == 2
+
+
+@pytest.mark.slow
 def test_a_run_folder_is_complete_and_resumes(tmp_path):
     folder = tmp_path / "run"
     first = run(f"--workdir={folder}")

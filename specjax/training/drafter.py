@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import json
-import time
 
 import jax
 import numpy as np
@@ -25,7 +24,10 @@ from specjax.training.state import create, make_step, one_gradient
 
 @dataclasses.dataclass(frozen=True)
 class TrainingCost:
-    """What a drafter's training took, a reference drafter's included."""
+    """What a drafter's training took, a reference drafter's included.
+
+    Seconds are those of its steps, over all processes that it took.
+    """
 
     tokens: int
     seconds: float
@@ -112,7 +114,6 @@ def train_drafter(
     tokens_per_step = int(rows.shape[0] * rows.shape[1])
     checkpoints = Checkpoints(folder / "checkpoints" / label.replace("/", "-"))
     flops = (step.lower(state, frozen, batch_fn(0, None)).cost_analysis() or {}).get("flops", 0.0)
-    started = time.perf_counter()
     state = fit(
         f"train/{label}", state, frozen, step, place, cfg.steps,
         checkpoints=checkpoints, checkpoint_every=cfg.checkpoint_every, metrics=metrics,
@@ -122,7 +123,10 @@ def train_drafter(
     checkpoints.close()
     if ratios := probed_gsnr(state.opt_state):
         metrics.write(f"train/{label}", cfg.steps, **ratios)
-    tokens, seconds = cfg.steps * tokens_per_step, time.perf_counter() - started
+    tokens, seconds = (
+        cfg.steps * tokens_per_step,
+        metrics.seconds(f"train/{label}", tokens_per_step),
+    )
     cost = TrainingCost(cost.tokens + tokens, cost.seconds + seconds, flops)
     return with_params(state.params), cost
 

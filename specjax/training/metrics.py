@@ -24,6 +24,15 @@ class MetricsLog:
                     continue
         return rows
 
+    def seconds(self, stage: str, tokens_per_step: int) -> float:
+        """What the steps of a stage took, those before it was resumed included, by their rates."""
+        total, before = 0.0, 0
+        for row in self.rows():
+            if row.get("stage") == stage and row.get("tokens_per_s"):
+                total += (row["step"] - before) * tokens_per_step / row["tokens_per_s"]
+                before = row["step"]
+        return total
+
     def rewind(self, stage: str, step: int):
         """Forgets rows of `stage` past `step` (and unfinished lines)."""
         keep = [r for r in self.rows() if r.get("stage") != stage or r.get("step", 0) <= step]

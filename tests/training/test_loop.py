@@ -68,6 +68,19 @@ def test_a_resumed_run_is_bit_identical(tmp_path):
     assert rows[0] == rows[1]
 
 
+def test_seconds_count_the_steps_of_every_process(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step, rate in ((10, 100.0), (20, 50.0)):  # 10 steps of 5 tokens each
+        log.write("a", step, loss=1.0, tokens_per_s=rate)
+    log.write("a", 20, tau=2.0)
+    log.write("b", 10, tokens_per_s=1.0)
+    assert log.seconds("a", 5) == pytest.approx(0.5 + 1.0)
+    log.rewind("a", 15)  # resumed at step 15: its next row is for the steps since 10
+    log.write("a", 20, tokens_per_s=25.0)
+    assert log.seconds("a", 5) == pytest.approx(0.5 + 2.0)
+    assert log.seconds("c", 5) == 0
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(tmp_path, capsys):
     whole = run(tmp_path / "whole", 9)
     run(tmp_path / "cut", 6)
