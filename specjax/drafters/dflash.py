@@ -25,28 +25,26 @@ import jax.numpy as jnp
 
 from specjax.cache import KVCache, causal_cache_mask, empty_cache, tree_cache_mask
 from specjax.drafters.features import FeatureDrafter, FeatureState
-from specjax.drafters.parallel import ParallelDrafter
+from specjax.drafters.parallel import BackboneDrafter
 from specjax.models.layers import Attention, RMSNorm
 from specjax.models.transformer import make_block
-from specjax.trees import Topology, backbone, chains
 
 
 @dataclasses.dataclass(frozen=True)
-class DFlash(ParallelDrafter, FeatureDrafter):
+class DFlash(BackboneDrafter, FeatureDrafter):
     """Block-diffusion drafter on a backbone-expansion tree."""
 
     name: ClassVar[str] = "dflash"
 
     num_layers: int = 5
     block_size: int = 16  # the root and N = block_size - 1 mask tokens
-    candidates: int = 1  # C: tokens per level
     draft_depth: int = 0  # levels read out when drafting; 0 = all N
     anchors: int = 16  # roots whose blocks `teach` runs at once: memory against speed, no more
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_layers < 1 or self.candidates < 1 or self.anchors < 1:
-            raise ValueError("num_layers, candidates and anchors: must be at least 1")
+        if self.num_layers < 1 or self.anchors < 1:
+            raise ValueError("num_layers and anchors: must be at least 1")
         if self.block_size < 2:
             raise ValueError(f"block_size: {self.block_size} must be at least 2, root included")
         if not 0 <= self.draft_depth < self.block_size:
@@ -62,16 +60,6 @@ class DFlash(ParallelDrafter, FeatureDrafter):
     @property
     def unrolled(self) -> int:
         return self.block_size - 1
-
-    @property
-    def topology(self) -> Topology:
-        if self.proposal.kind == "chains":
-            return chains(self.candidates, self.depth)
-        return backbone(self.depth, self.candidates)
-
-    @property
-    def nodes(self) -> int:
-        return self.depth * self.candidates + 1
 
     @property
     def scratch(self) -> int:

@@ -29,17 +29,16 @@ from specjax.drafters.features import (
     MidLayer,
     last_rows,
 )
-from specjax.drafters.parallel import ParallelDrafter
+from specjax.drafters.parallel import BackboneDrafter
 from specjax.models.layers import RMSNorm
 from specjax.models.linear import linear
 from specjax.models.transformer import make_block
-from specjax.trees import Topology, backbone, chains
 
 ENTRIES = ("fc2h", "wide_qkv", "sampled")
 
 
 @dataclasses.dataclass(frozen=True)
-class FastEagle(ParallelDrafter, FeatureDrafter):
+class FastEagle(BackboneDrafter, FeatureDrafter):
     """Single-pass cascade drafter on a backbone-expansion tree."""
 
     name: ClassVar[str] = "fasteagle"
@@ -49,7 +48,6 @@ class FastEagle(ParallelDrafter, FeatureDrafter):
     # x + down(silu(gate(norm(e))) * up(norm(x))), FSPAD's feature sampling
     entry: str = "fc2h"
     partial_alignment: bool = False  # FSPAD: separate outputs for the head and for the next layer
-    candidates: int = 1  # C: tokens per level
     draft_depth: int = 0  # levels used when drafting; 0 = all N
 
     def __post_init__(self):
@@ -58,8 +56,8 @@ class FastEagle(ParallelDrafter, FeatureDrafter):
             raise ValueError(f"entry: {self.entry!r} is unknown; one of {ENTRIES}")
         if self.partial_alignment and self.entry == "wide_qkv":
             raise ValueError("partial_alignment: entry 'wide_qkv' has no split layer")
-        if self.num_layers < 1 or self.candidates < 1:
-            raise ValueError("num_layers and candidates: must be at least 1")
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers: {self.num_layers} must be at least 1")
         if not 0 <= self.draft_depth <= self.num_layers:
             raise ValueError(
                 f"draft_depth: {self.draft_depth} must be in [0, num_layers={self.num_layers}]"
@@ -68,16 +66,6 @@ class FastEagle(ParallelDrafter, FeatureDrafter):
     @property
     def depth(self) -> int:
         return self.draft_depth or self.num_layers
-
-    @property
-    def topology(self) -> Topology:
-        if self.proposal.kind == "chains":
-            return chains(self.candidates, self.depth)
-        return backbone(self.depth, self.candidates)
-
-    @property
-    def nodes(self) -> int:
-        return self.depth * self.candidates + 1
 
     @property
     def cache_layers(self) -> int:

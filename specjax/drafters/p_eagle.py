@@ -26,40 +26,28 @@ import jax.numpy as jnp
 
 from specjax.cache import causal_cache_mask
 from specjax.drafters.features import FeatureDrafter, FeatureState, MidLayer
-from specjax.drafters.parallel import ParallelDrafter
+from specjax.drafters.parallel import BackboneDrafter
 from specjax.models.transformer import causal_mask, make_block
-from specjax.trees import Topology, backbone, chains
 
 
 @dataclasses.dataclass(frozen=True)
-class PEagle(ParallelDrafter, FeatureDrafter):
+class PEagle(BackboneDrafter, FeatureDrafter):
     """One pass over one true and N - 1 mask rows, on a backbone-expansion tree."""
 
     name: ClassVar[str] = "p_eagle"
 
     num_layers: int = 4
     draft_depth: int = 7  # N: rows of a draft, and depths trained; parameters fit any
-    candidates: int = 1  # C: tokens per level
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("num_layers", "draft_depth", "candidates"):
+        for field in ("num_layers", "draft_depth"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: {getattr(self, field)} must be at least 1")
 
     @property
     def depth(self) -> int:
         return self.draft_depth
-
-    @property
-    def topology(self) -> Topology:
-        if self.proposal.kind == "chains":
-            return chains(self.candidates, self.depth)
-        return backbone(self.depth, self.candidates)
-
-    @property
-    def nodes(self) -> int:
-        return self.depth * self.candidates + 1
 
     @property
     def scratch(self) -> int:

@@ -14,7 +14,7 @@ from specjax.drafters.learned import LearnedDrafter
 from specjax.drafters.proposals import KINDS, draw_children, log_law
 from specjax.models.transformer import head_VxD
 from specjax.sampling import top_candidates
-from specjax.trees import DraftTree
+from specjax.trees import DraftTree, Topology, backbone, chains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,3 +74,25 @@ class ParallelDrafter(LearnedDrafter):
         drawn_BxGxC = jax.vmap(draw)(keys_B, law_BxNxV)
         # The deepest rows have no children; theirs is any law.
         return drawn_BxGxC[:, group_M, place_M], law_BxNxV[:, topology.depth_T.clip(max=N - 1)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BackboneDrafter(ParallelDrafter):
+    """On FastEagle's backbone-expansion tree, or on as many chains where a rule asks for chains."""
+
+    candidates: int = 1  # C: tokens per level
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.candidates < 1:
+            raise ValueError(f"candidates: {self.candidates} must be at least 1")
+
+    @property
+    def topology(self) -> Topology | None:
+        if self.proposal.kind == "chains":
+            return chains(self.candidates, self.depth)
+        return backbone(self.depth, self.candidates)
+
+    @property
+    def nodes(self) -> int:
+        return self.depth * self.candidates + 1

@@ -123,11 +123,8 @@ def train_drafter(
     checkpoints.close()
     if ratios := probed_gsnr(state.opt_state):
         metrics.write(f"train/{label}", cfg.steps, **ratios)
-    tokens, seconds = (
-        cfg.steps * tokens_per_step,
-        metrics.seconds(f"train/{label}", tokens_per_step),
-    )
-    cost = TrainingCost(cost.tokens + tokens, cost.seconds + seconds, flops)
+    seconds = metrics.seconds(f"train/{label}", tokens_per_step)
+    cost = TrainingCost(cost.tokens + cfg.steps * tokens_per_step, cost.seconds + seconds, flops)
     return with_params(state.params), cost
 
 
