@@ -5,10 +5,10 @@ DDTree (arXiv 2604.12989); on a cascade both are this project's own, so no figur
 Every row has as many tree rows, trained tokens and seeds; differences from `fasteagle/plain` are
 paired by seed and corrected for their number (Holm), and the best one meets plain on fresh seeds.
 
-  fasteagle/bias    the transition bias on FastEagle's backbone
-  fasteagle/paths   no bias, the static tree that pays best on training text
-  fasteagle/x       both
-  fasteagle/grown   the bias, and a tree grown best first every round
+  fasteagle/bias        the transition bias on FastEagle's backbone
+  fasteagle/paths       no bias, the static tree that pays best on training text
+  fasteagle/bias_paths  both
+  fasteagle/bias_grown  the bias, and a tree grown best first every round
 
 Command: python -m experiments.main --config=configs/fasteagle_x.py[:smoke]
 """
@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from configs import common, fasteagle
 
-NODES = 7
+NODES, RANK = 7, 32
 
 
 def get_config(preset: str = "") -> ConfigDict:
@@ -29,12 +29,13 @@ def get_config(preset: str = "") -> ConfigDict:
     plain = config.drafters.fasteagle
     init, tree = plain.init.to_dict(), plain.tree.to_dict()
     config.drafters = ConfigDict()
+    grown = dict(draft_depth=3, candidates=3, total_nodes=NODES)
     variants = {
         "plain": ("fasteagle", {}, tree),
-        "bias": ("fasteagle_x", {}, tree),
-        "paths": ("fasteagle_x", dict(rank=0), dict(best_nodes=NODES)),
-        "x": ("fasteagle_x", {}, dict(best_nodes=NODES)),
-        "grown": ("fasteagle_x", {}, dict(draft_depth=3, candidates=3, total_nodes=NODES)),
+        "bias": ("fasteagle_x", dict(rank=RANK), tree),
+        "paths": ("fasteagle_x", {}, dict(best_nodes=NODES)),
+        "bias_paths": ("fasteagle_x", dict(rank=RANK), dict(best_nodes=NODES)),
+        "bias_grown": ("fasteagle_x", dict(rank=RANK), grown),
     }
     for name, (family, changes, shape) in variants.items():
         row = common.drafter(family, init=init | changes, tree=shape)
@@ -47,5 +48,6 @@ def get_config(preset: str = "") -> ConfigDict:
         config.seeds, config.confirm_seeds = (0, 1), (10, 11)
         config.train.steps = 4
     else:
-        config.train.steps = 120
+        config.data.count, config.train.steps = 256, 120
+        config.eval.max_new_tokens = 64
     return config

@@ -1,7 +1,12 @@
-"""FastEagle X: the cascade, its candidates made to follow their parents, on a tree that pays.
+"""FastEagle X: the cascade on a tree that pays, its candidates able to follow their parents.
+
+The tree is static, FastEagle's backbone or any `paths` of ranks
+(`evaluation.rank_paths.best_paths` finds the best ones on training text), or, with `total_nodes`,
+grown best first every round (as DDTree, arXiv 2604.12989, does from the marginals).
 
 FastEagle's depths do not look at each other, so every node of a depth has the same candidates,
-whatever token it follows. Here depth i's readout is shifted by what token u stands above it,
+whatever token it follows. With `rank`, depth i's readout is shifted by what token u stands above
+it,
 
     q_i(v | u) = softmax(head (norm(h_i) + up_i silu(down_i norm(e_u))))
 
@@ -9,11 +14,8 @@ a transition bias of low rank in (u, v), like DSpark's Markov head (arXiv 2607.0
 the target's own embedding and head, so that a token never seen as a parent is still placed. The
 cascade and the head run once, as before; when drafting only the `pool` best candidates of a depth
 are shifted, which costs a gather of their head rows. Drawn trees (temperature above 0) need whole
-laws and read the head once a level.
-
-The tree is static, FastEagle's backbone or any `paths` of ranks
-(`evaluation.rank_paths.best_paths` finds the best ones on training text), or, with `total_nodes`,
-grown best first every round (as DDTree, arXiv 2604.12989, does from the marginals).
+laws and read the head once a level. No bias is the default: trained as briefly as the built-in
+recipe does it costs acceptance (docs/drafters.md has the figures).
 """
 
 import dataclasses
@@ -38,7 +40,7 @@ class FastEagleX(FastEagle):
 
     name: ClassVar[str] = "fasteagle_x"
 
-    rank: int = 32  # of the transition bias; 0 = none, which is FastEagle
+    rank: int = 0  # of the transition bias, e.g. 32; 0 = none
     pool: int = 8  # candidates of a depth that are told apart by their parent
     paths: tuple[tuple[int, ...], ...] = ()  # ranks from the root to each node; () = the backbone
     total_nodes: int = 0  # T of a tree grown best first, `candidates` children a node; 0 = static
