@@ -1,5 +1,6 @@
 """Shared fixtures: small random targets, a compilation cache that outlives the process."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -16,7 +17,19 @@ cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/sp
 jax.config.update("jax_compilation_cache_dir", cache)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
+MAPPINGS = pathlib.Path("/proc/self/maps")
+MANY_MAPPINGS = 20_000  # Linux gives a process 65530; past them the next compilation aborts
+
 SHARED = pathlib.Path(__file__).resolve().parents[1].parent / "shared"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_mappings():
+    """Every compiled program holds memory mappings: a module that ends with too many drops all."""
+    yield
+    if MAPPINGS.is_file() and MAPPINGS.read_bytes().count(b"\n") > MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
