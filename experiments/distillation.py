@@ -17,7 +17,7 @@ from experiments.compare import (
     write_up,
 )
 from specjax.console import make_console, print_rows
-from specjax.evaluation.figures import draw_differences
+from specjax.evaluation.figures import draw_differences, standalone
 from specjax.evaluation.timing import calls_in_turns
 from specjax.files import write_text
 from specjax.training.drafter import needs_reference, set_up
@@ -52,7 +52,7 @@ def distill(config: ConfigDict, folder) -> dict:
     )
     record = {"summary": summary, "confirmed": {"method": best} | confirmed}
     write_text(folder / "distillation.json", json.dumps(record, indent=2) + "\n")
-    write_text(folder / "distillation.svg", draw_differences(summary) + "\n")
+    write_text(folder / "distillation.svg", standalone(draw_differences(summary)) + "\n")
     report = write_up(bench, [*rows, *again], samples, [verdict], started)
     print_summary(summary)
     say(verdict)

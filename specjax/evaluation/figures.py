@@ -191,6 +191,12 @@ def draw_differences(summary: Sequence[dict]) -> str:
     return _svg(paint, 1.0 + 0.3 * len(others), "tau of each objective less the plain one's")
 
 
+def standalone(svg: str) -> str:
+    """A drawn <svg> element as a file of its own, legible on light and dark ground."""
+    svg = svg.replace("xlink:href", "href")
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" color="#6e7781" ', 1)
+
+
 def draw_curves(curves: Mapping[str, Curve], y_label: str, colours: Mapping[str, str]) -> str:
     """One line per training stage over its steps; `curves` maps a stage to (steps, values)."""
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import xml.dom.minidom
 from html.parser import HTMLParser
 
 import pytest
@@ -132,6 +133,11 @@ def test_page_says_when_nothing_beats_vanilla(tmp_path, header, make_rows):
 def test_same_rows_same_figure(make_rows):
     rows = make_rows()
     assert figures.draw_tau(rows) == figures.draw_tau(rows)
+
+
+def test_a_figure_is_a_file_of_its_own_too(make_rows):
+    text = figures.standalone(figures.draw_speedups(make_rows()))
+    assert xml.dom.minidom.parseString(text).documentElement.tagName == "svg"
 
 
 def test_a_failed_write_keeps_the_old_page(tmp_path, page, monkeypatch):
