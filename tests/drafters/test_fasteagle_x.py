@@ -188,14 +188,17 @@ def test_training_sees_the_laws_that_decoding_draws_from(target):
     drafter = make(target, words=False, candidates=1)
     _, tree, states = drafted(target, drafter)
     definition = drafter.definition
+    texts = np.zeros((len(PROMPTS), 16), int)
+    for row, prompt, chain in zip(texts, PROMPTS, tree.tokens_T, strict=True):
+        row[: len(prompt) + N + 1] = [*prompt, *chain]  # root and chain: x_{t+1}..
+    taps = specjax.models.transformer.forward(
+        target.params, target.config, jnp.asarray(texts), taps=definition.taps
+    ).taps_BxTxM
+    hidden, _ = definition.teach(drafter.params, target.params, taps, jnp.asarray(texts))
+    read = [definition.logits(drafter.params, target.params, h) for h in hidden]
     for b, prompt in enumerate(PROMPTS):
-        text = np.array([*prompt, *tree.tokens_T[b]])[None]  # root and chain: x_{t+1}..
-        taps = specjax.models.transformer.forward(
-            target.params, target.config, jnp.asarray(text), taps=definition.taps
-        ).taps_BxTxM
-        hidden, _ = definition.teach(drafter.params, target.params, taps, jnp.asarray(text))
-        for depth, h in enumerate(hidden, start=1):
-            logits = definition.logits(drafter.params, target.params, h)[0, len(prompt) - 1]
+        for depth, logits_BxTxV in enumerate(read, start=1):
+            logits = logits_BxTxV[b, len(prompt) - 1]
             _, logq = law(target, drafter, states[b], depth, tree.tokens_T[b, depth - 1])
             np.testing.assert_allclose(jax.nn.log_softmax(logits), logq, atol=1e-4)
 

@@ -88,8 +88,8 @@ def test_page_is_well_formed_and_says_everything(page):
                      "Training loss", "Where a round's time goes", "break-even tau", "draft depth",
                      "What the numbers mean", "gsm8k $x$ T=1", "fasteagle/<best>"):  # fmt: skip
         assert expected in words, expected
-    # tau, speedup, rounds; two settings of acceptance; loss and tau while training.
-    assert parsed.tags.count("svg") == 3 + 2 + 2
+    # tau, speedup, both, cost, rounds; two settings of acceptance; loss and tau while training.
+    assert parsed.tags.count("svg") == 5 + 2 + 2
     assert len(parsed.ids) == len(set(parsed.ids))
     assert parsed.tags.count("table") == 1
     assert {"depth 1", "depth 2", "depth 8"} <= set(parsed.words)
