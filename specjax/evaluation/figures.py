@@ -299,7 +299,8 @@ def _drafted(rows: Sequence[dict], only: str | None = None) -> list[dict]:
         method = row["method"]
         if method == VANILLA or only not in (None, setting(row)):
             continue
-        marker = MARKERS[order.index(method) % len(MARKERS)]
+        place = order.index(method)  # where colours start over, markers are one further on
+        marker = MARKERS[(place + place // len(PALETTE)) % len(MARKERS)]
         label = None if method in named else _short(method)
         drafted.append(row | {"colour": colours[method], "marker": marker, "label": label})
         named.add(method)

@@ -135,6 +135,13 @@ def test_same_rows_same_figure(make_rows):
     assert figures.draw_tau(rows) == figures.draw_tau(rows)
 
 
+def test_many_methods_look_different(make_rows):
+    one = make_rows()[1]
+    rows = [one | {"method": f"m{i}"} for i in range(20)]
+    looks = {(row["colour"], row["marker"]) for row in figures._drafted(rows)}
+    assert len(looks) == len(rows)
+
+
 def test_a_figure_is_a_file_of_its_own_too(make_rows):
     text = figures.standalone(figures.draw_speedups(make_rows()))
     assert xml.dom.minidom.parseString(text).documentElement.tagName == "svg"
