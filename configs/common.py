@@ -41,16 +41,23 @@ def loss() -> ConfigDict:
 
 
 def drafter(
-    name: str, init: dict, tree: dict, budgets: tuple = (), train: dict | None = None
+    name: str,
+    init: dict,
+    tree: dict,
+    budgets: tuple = (),
+    train: dict | None = None,
+    corpus: bool = False,
 ) -> ConfigDict:
     """One contender.
 
     Args:
       name: drafter family.
       init: its fields (geometry, trained depth).
-      tree: the fields that shape its tree at the shared node budget.
+      tree: the fields that shape its tree at the shared node budget; `best_nodes` in their place
+        asks for the rank paths that pay best with so many rows on training text.
       budgets: trees that calibration may choose from instead.
       train: what it changes of `config.train`.
+      corpus: whether it retrieves from the training rows.
     """
     cfg = ConfigDict()
     cfg.drafter = name
@@ -58,6 +65,7 @@ def drafter(
     cfg.tree = ConfigDict(tree)
     cfg.budgets = tuple(dict(b) for b in budgets)
     cfg.train = ConfigDict(train or {})
+    cfg.corpus = corpus
     return cfg
 
 

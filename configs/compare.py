@@ -1,9 +1,10 @@
 """Every drafter on one target: same training tokens, same node budget, same prompts, one table.
 
-Sources: each drafter's own recipe names its paper. `fasteagle`, `eagle3`, `p_eagle`, `dflash`,
-`medusa` and `draft_model` train on the same rows for the same steps; `prompt_lookup` and
-`token_recycling` have nothing to train; `rasd` is FastEagle with what it retrieves from the request
-so far. No tree has more than 7 rows, the root included; chains have what their depth asks for.
+Sources: each drafter's own recipe names its paper. All that train do so on the same rows for the
+same steps; `prompt_lookup` and `token_recycling` have nothing to train; `fasteagle_x` is FastEagle
+with the tree that pays best on training text, `rasd` FastEagle with what it retrieves from the
+request so far and the training rows. No tree has more than 7 rows, the root included; chains have
+what their depth asks for.
 
 Commands:
   python -m experiments.main --config=configs/compare.py          built-in target, CPU

@@ -33,6 +33,6 @@ def get_config(preset: str = "") -> ConfigDict:
             dict(retrieved_nodes=4, inner_options=dict(draft_depth=3, candidates=1), prune=False),
             dict(retrieved_nodes=8, inner_options=dict(draft_depth=3, candidates=1), prune=False),
         ),
+        corpus=True,
     )
-    config.drafters.rasd.corpus = True  # the training rows
     return config

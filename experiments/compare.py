@@ -24,8 +24,8 @@ from specjax.evaluation.benchmark import (
     shaded_pieces,
     shared_shapes,
 )
+from specjax.evaluation.best_paths import best_paths
 from specjax.evaluation.calibrate import calibrate
-from specjax.evaluation.rank_paths import best_paths
 from specjax.evaluation.report import write_report
 from specjax.evaluation.results import read_results, result_row, write_results
 from specjax.evaluation.spec_bench import answers_name, write_answers
@@ -195,7 +195,7 @@ def init_all(config, target, rows, seed: int) -> dict:
         size = (init | init.get("inner_options", {})).get("draft_vocab_size", 0)
         ids = frequent_tokens(rows, size) if size else None
         drafters[name] = init_drafter(cfg.drafter, target, seed, vocab_ids=ids, **init)
-        if cfg.get("corpus", False):  # but for the prompts that calibration decodes
+        if cfg.corpus:  # but for the prompts that calibration decodes
             corpus = documents(rows)[config.calibrate.prompts :]
             drafters[name] = fused(drafters[name], corpus)
     return drafters

@@ -125,6 +125,54 @@ def test_drafters_that_are_not_trained_cost_nothing(name, tmp_path, monkeypatch)
     assert not bench.metrics.path.exists()
 
 
+@pytest.fixture(scope="module")
+def writers(tmp_path_factory):
+    """A bench over four prompts of the built-in target, one of them without a known answer."""
+    target = specjax.load_target("builtin")
+    config = importlib.import_module("configs.fasteagle").get_config("smoke")
+    folder = tmp_path_factory.mktemp("prompts")
+    answers = ["return 1", "", "a" * 400, "x = 2"]
+    lines = [
+        json.dumps({"question_id": i, "category": "c", "turns": [f"def f{i}():"]} | reference)
+        for i, reference in enumerate({"reference": a} if a else {} for a in answers)
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(lines))
+    config.data.prompts, config.data.count = str(folder / "prompts.jsonl"), len(answers)
+    ids = compare.training_prompts(config, target)
+    rows = compare.pad_rows([(row, len(row)) for row in ids], config.data.length, True)
+    bench = compare.Bench(
+        config, folder, target, mesh=None, metrics=None, train_prompts=ids, train_rows=rows,
+        tasks={}, shapes={},
+    )  # fmt: skip
+    return bench, answers
+
+
+def test_people_s_text_is_the_prompt_and_its_known_answer(writers):
+    bench, answers = writers
+    rows = compare.text_rows(bench.config, bench.target, bench.train_prompts)
+    for prompt, answer, tokens, mask in zip(
+        bench.train_prompts, answers, rows["tokens"], rows["supervised"], strict=True
+    ):
+        text = tokens[mask].tolist()
+        assert text[: len(prompt)] == prompt
+        new = text[len(prompt) :]
+        assert len(new) <= bench.config.data.max_new_tokens
+        assert ("\n" + answer if answer else "").startswith(bench.target.tokenizer.decode(new))
+        assert bool(new) == bool(answer)
+
+
+def test_a_source_that_cannot_be_is_refused_by_name(writers):
+    bench, _ = writers
+    cfg = compare.train_config(bench.config, "fasteagle")
+    for source, gate, message in (
+        ("web", "everything", "train.source: 'web' is unknown.*'mix'"),
+        ("mix", "adaspec", "train.source: 'mix'.*'adaspec' trains two"),
+    ):
+        cfg.source, cfg.loss.gate = source, gate
+        with pytest.raises(ValueError, match=message):
+            compare.batches(bench, "fasteagle", cfg, 0, "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", UNTRAINED)
 def test_recipes_without_training_run(name, tmp_path):

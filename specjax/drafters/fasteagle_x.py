@@ -1,7 +1,7 @@
 """FastEagle X: the cascade on a tree that pays, its candidates able to follow their parents.
 
 The tree is static, FastEagle's backbone or any `paths` of ranks
-(`evaluation.rank_paths.best_paths` finds the best ones on training text), or, with `total_nodes`,
+(`evaluation.best_paths.best_paths` finds the best ones on training text), or, with `total_nodes`,
 grown best first every round (as DDTree, arXiv 2604.12989, does from the marginals).
 
 FastEagle's depths do not look at each other, so every node of a depth has the same candidates,
@@ -31,7 +31,7 @@ from specjax.drafters.proposals import draw_children, log_law
 from specjax.models.layers import RMSNorm
 from specjax.models.linear import linear, readout
 from specjax.sampling import top_candidates
-from specjax.trees import Topology, best_of_pool, chains, paths, rank_paths
+from specjax.trees import Topology, best_of_pool, paths, rank_paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +83,11 @@ class FastEagleX(FastEagle):
 
     @property
     def topology(self) -> Topology | None:
-        if self.proposal.kind == "chains":
-            return chains(self.candidates, self.depth)
-        if self.paths:
-            return paths(self.paths)
-        if self.total_nodes and not self.proposal.sampled:
-            return None
+        if self.proposal.kind != "chains":
+            if self.paths:
+                return paths(self.paths)
+            if self.total_nodes and not self.proposal.sampled:
+                return None
         return super().topology
 
     @property
@@ -150,6 +149,8 @@ class FastEagleX(FastEagle):
     # ---- drafting ----------------------------------------------------------------------------
 
     def draft(self, params, target_params, state: FeatureState, context, key):
+        if not self.rank and self.topology is not None:  # depths that do not look at each other
+            return super().draft(params, target_params, state, context, key)
         hidden, cache = self.extend(params, target_params, state.cache, state.pending)
         rows_BxNxD = jnp.stack([last_rows(h, state.pending.counts_B) for h in hidden], axis=1)
         read_BxNxD = self.normed(params, rows_BxNxD)
@@ -250,11 +251,8 @@ class FastEagleX(FastEagle):
         above = np.zeros(1, int)  # rows that have children, in the level above
         laws = [None] * topology.nodes
         for depth, rows, places, ranks in self._levels():
-            states = read_BxNxD[:, depth - 1 : depth]
-            if self.rank:
-                states = states + self.shift(params, target_params, depth, parents_BxP)
-            else:
-                states = jnp.repeat(states, parents_BxP.shape[1], axis=1)
+            shift = self.shift(params, target_params, depth, parents_BxP)
+            states = read_BxNxD[:, depth - 1 : depth] + shift
             law = log_law(readout(states, head_WxD), self.proposal.sampling)
             law_BxPxV = self.to_target_laws(params, law)
             for place, row in enumerate(above):

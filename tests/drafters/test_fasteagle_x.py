@@ -12,7 +12,7 @@ from toys import PROMPTS, prefilled, toy_target
 import specjax
 from specjax import decoding
 from specjax.drafters.features import last_rows
-from specjax.evaluation.rank_paths import best_paths, count_prefixes
+from specjax.evaluation.best_paths import best_paths, count_prefixes
 from specjax.generation import make_engine
 from specjax.sampling import Sampling
 from specjax.verification import get_rule
@@ -181,6 +181,10 @@ def test_without_a_bias_it_is_fasteagle(target):
     trees = [drafted(target, d)[1] for d in (ours, theirs, fresh)]
     for tree in trees[1:]:
         jax.tree.map(np.testing.assert_array_equal, trees[0], tree)
+    # On other trees too: what draws depths at once is what walks from parent to parent.
+    once, walked = (drafted(target, d.with_budget(paths=BUSHY))[1] for d in (ours, fresh))
+    jax.tree.map(np.testing.assert_array_equal, once, walked)
+    assert once.tokens_T.shape[1] == len(BUSHY) + 1
 
 
 def test_training_sees_the_laws_that_decoding_draws_from(target):

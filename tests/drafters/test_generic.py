@@ -31,6 +31,7 @@ from specjax.models.transformer import forward
 from specjax.sampling import Sampling
 from specjax.verification import get_rule
 
+RETRIEVED = dict(continuation=5, retrieved_nodes=9, min_suffix=1)
 VARIANTS = {
     "fasteagle": {
         "chain": dict(num_layers=3),
@@ -63,23 +64,11 @@ VARIANTS = {
         "backbone": dict(num_layers=2, draft_depth=3, candidates=3),
     },
     "rasd": {
-        "alone": dict(continuation=5, retrieved_nodes=9, min_suffix=1),
-        "fused": dict(
-            inner="fasteagle",
-            inner_options=dict(num_layers=3, candidates=2),
-            continuation=5,
-            retrieved_nodes=9,
-            min_suffix=1,
-            prune=False,
-        ),  # fmt: skip
-        "fused with a model": dict(
-            inner="draft_model",
-            inner_options=dict(draft_depth=2, num_layers=1),
-            continuation=5,
-            retrieved_nodes=9,
-            min_suffix=1,
-            prune=False,
-        ),  # fmt: skip
+        "alone": RETRIEVED,
+        "fused": RETRIEVED
+        | dict(inner="fasteagle", inner_options=dict(num_layers=3, candidates=2), prune=False),
+        "fused with a model": RETRIEVED
+        | dict(inner="draft_model", inner_options=dict(draft_depth=2, num_layers=1), prune=False),
     },
     "prompt_lookup": {"chain": dict(max_ngram=2, draft_depth=3)},
     "token_recycling": {"tree": dict(successors=3, tree_nodes=8)},

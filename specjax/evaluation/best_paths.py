@@ -53,7 +53,8 @@ def count_prefixes(
     """(how often each rank path is a prefix, number of positions) over rows of text.
 
     Args:
-      rows: {"tokens": RxT, "supervised": RxT}; positions whose every depth has a supervised label.
+      rows: {"tokens": RxT, "supervised": RxT}; positions whose every depth has a supervised label,
+        of the first rows that make whole batches.
       widest: ranks from this one on are not told apart, and no path has them.
 
     Raises:
