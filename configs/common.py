@@ -77,6 +77,9 @@ def base(name: str, preset: str) -> ConfigDict:
     config.preset = preset
     config.seed = 0
     config.mesh = (-1, 1, 1)  # ("data", "fsdp", "tensor"); -1 takes what is left
+    # Ordered (regex over the end of a path, axes by dimension), before specjax/sharding.py's own.
+    config.sharding_rules = ()
+    config.drafter_sharding = "rules"  # or "replicated": whole on every device beside the target
 
     config.target = ConfigDict()
     config.target.name = "builtin"  # "builtin", a Hugging Face folder or a hub id

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from specjax import sharding
 from specjax.data.prompts import load_prompts
 from specjax.data.regenerate import Rows, pad_rows, regenerate
 from specjax.drafters.rasd import fused
@@ -32,8 +33,8 @@ from specjax.evaluation.spec_bench import answers_name, write_answers
 from specjax.evaluation.tables import print_table
 from specjax.generation import init_drafter
 from specjax.models.target import Target, load_target
+from specjax.processes import is_first
 from specjax.sampling import Sampling
-from specjax.training import sharding
 from specjax.training.acceptance import fit_acceptance, wants_acceptance_head
 from specjax.training.drafter import TauProbe, TrainingCost, train_drafter
 from specjax.training.metrics import MetricsLog
@@ -151,6 +152,11 @@ def prepare(config: ConfigDict, folder) -> Bench:
     """Loads the target, makes the training data and reads the prompts."""
     mesh = sharding.make_mesh(config.mesh)
     sharded = mesh.size > 1
+    if config.train.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        raise ValueError(
+            f"train.batch_size: {config.train.batch_size} rows do not divide over the mesh's data "
+            f"x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} devices"
+        )
     target = load_target(
         config.target.name,
         config.target.dtype,
@@ -174,6 +180,8 @@ def prepare(config: ConfigDict, folder) -> Bench:
         task: shared_shapes(target, variants, prompts, protocol(config, task, 0.0))
         for task, prompts in tasks.items()
     }
+    drafters = {m.name: m.drafter.params for m in variants}
+    sharding.check_rules([target.params, drafters], config.sharding_rules)
     metrics = MetricsLog(folder / "metrics.jsonl")
     return Bench(config, folder, target, mesh, metrics, prompts, rows, tasks, shapes)
 
@@ -187,6 +195,19 @@ def probe_of(bench: Bench, prompts: list[list[int]], max_new_tokens: int) -> Tau
 # ---- train ---------------------------------------------------------------------------------------
 
 
+def drafter_rules(config, definition) -> sharding.Rules:
+    """How a drafter's parameters and their optimiser state lie on the mesh."""
+    kinds = {
+        "rules": (*config.sharding_rules, *definition.partition, *sharding.MODEL_RULES),
+        "replicated": sharding.REPLICATED,
+    }
+    if config.drafter_sharding not in kinds:
+        raise ValueError(
+            f"drafter_sharding: {config.drafter_sharding!r} is unknown; one of {tuple(kinds)}"
+        )
+    return kinds[config.drafter_sharding]
+
+
 def init_all(config, target, rows, seed: int) -> dict:
     """Name -> untrained drafter."""
     drafters = {}
@@ -198,6 +219,9 @@ def init_all(config, target, rows, seed: int) -> dict:
         if cfg.corpus:  # but for the prompts that calibration decodes
             corpus = documents(rows)[config.calibrate.prompts :]
             drafters[name] = fused(drafters[name], corpus)
+        if target.mesh is not None:
+            rules = drafter_rules(config, drafters[name].definition)
+            drafters[name] = drafters[name].on(target.mesh, rules)
     return drafters
 
 
@@ -271,6 +295,7 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
             drafter, cost = train_drafter(
                 target, drafter, cfg, rows, without_paths(tree), probe, bench.folder,
                 bench.metrics, "/".join(filter(None, (name, within))), bench.mesh, seed,
+                drafter_rules(config, drafter.definition),
             )  # fmt: skip
             if wants_acceptance_head(drafter):
                 drafter, _ = fit_acceptance(target, drafter, rows, cfg.acceptance_steps, seed=seed)
@@ -382,6 +407,8 @@ def write_up(bench: Bench, results, samples, notes, started: float) -> dict:
         "seed": config.seed,
         "preset": config.preset,
     }
+    if not is_first():
+        return header | {"rows": results}
     path = folder / "results.json"
     write_results(path, header, results)
     write_report(folder / "report.html", read_results(path), bench.metrics.path, samples, notes)

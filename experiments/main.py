@@ -1,15 +1,29 @@
 """Runs a recipe.
 
 python -m experiments.main --config=configs/NAME.py[:preset] [--workdir=DIR] [--config.field=value]
+
+On several hosts: the same command on each, with --distributed (docs/tpu_pod.md, docs/slurm.md).
 """
 
 import importlib
+import json
+import pathlib
 
 from absl import app, flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "run folder; a rerun with the same one resumes")
+_PROFILE = flags.DEFINE_integer(
+    "profile", 0, "steps and rounds of every stage to trace into the run folder's profile/"
+)
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "this is one of several processes")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of process 0, where the cluster does not tell"
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "how many processes there are")
+_PROCESS = flags.DEFINE_integer("process_id", None, "which of them this is, from 0")
+_TIMEOUT = flags.DEFINE_integer("timeout", 300, "seconds to wait for a process that is missing")
 flags.mark_flag_as_required("config")
 
 # config.experiment -> the function that runs it, imported only when asked for
@@ -20,12 +34,18 @@ EXPERIMENTS = {
 }
 
 
+# Kinds that run on several hosts; the others decode and train pair by pair.
+DISTRIBUTED = ("compare",)
+
+
 def main(argv):
     del argv
     from absl import logging
 
+    from specjax import processes, profiling
+    from specjax.training.preemption import Preempted, leave_on_sigterm
     from specjax.training.progress import say
-    from specjax.training.run import open_run
+    from specjax.training.run import open_run, plain
 
     logging.set_verbosity(logging.WARNING)  # orbax narrates every step of a save at INFO
     config = _CONFIG.value
@@ -33,11 +53,28 @@ def main(argv):
         raise app.UsageError(
             f"experiment: {config.experiment!r} is unknown; one of {sorted(EXPERIMENTS)}"
         )
+    if _DISTRIBUTED.value:
+        if config.experiment not in DISTRIBUTED:
+            raise app.UsageError(
+                f"--distributed: experiment {config.experiment!r} runs in one process; "
+                f"{DISTRIBUTED} run in several"
+            )
+        if not _WORKDIR.value:
+            raise app.UsageError("--distributed needs --workdir, a folder that every host sees")
+        processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    folder = open_run(_WORKDIR.value, config, overrides)
+    processes.check_same("--config", json.dumps(plain(config), sort_keys=True))
+    folder = pathlib.Path(processes.first(lambda: str(open_run(_WORKDIR.value, config, overrides))))
+    leave_on_sigterm()
+    profiling.enable(folder / "profile", _PROFILE.value)
     say(f"{config.name}: run folder {folder}")
     module, function = EXPERIMENTS[config.experiment].split(":")
-    getattr(importlib.import_module(module), function)(config, folder)
+    try:
+        with processes.only_writer(folder):
+            getattr(importlib.import_module(module), function)(config, folder)
+    except Preempted as stopped:
+        say(stopped.message)
+        raise  # SystemExit with a status of its own
 
 
 if __name__ == "__main__":

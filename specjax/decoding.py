@@ -21,6 +21,7 @@ from specjax.drafters.base import Committed, Context, Drafter, Scored
 from specjax.models.config import ModelConfig
 from specjax.models.transformer import forward, logits_of
 from specjax.sampling import Sampling, draw
+from specjax.sharding import DecodeLayout
 from specjax.trees import DraftTree, visible_from_parents
 from specjax.verification.base import LogitRows, Rule, make_noise
 
@@ -50,6 +51,7 @@ class Engine:
     rule: Rule
     sampling: Sampling = Sampling()
     stop_tokens: tuple[int, ...] = ()
+    layout: DecodeLayout | None = None  # on a mesh: how the state lies on it
 
     def __post_init__(self):
         self.rule.check(self.sampling, self.drafter)
@@ -174,7 +176,12 @@ def round(engine: Engine, params, state: DecodeState) -> DecodeState:
     tree, drafter_state = draft(engine, params, state)
     scored, cache = score(engine, params, state.cache, tree)
     out = verify(engine, state, tree, scored)
-    return commit(engine, state, cache, drafter_state, params, tree, scored, out)
+    return laid_out(engine, commit(engine, state, cache, drafter_state, params, tree, scored, out))
+
+
+def laid_out(engine: Engine, state: DecodeState) -> DecodeState:
+    """On a mesh, the state where the next round expects it: the same before and after a round."""
+    return state if engine.layout is None else engine.layout.constrain(state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
@@ -214,7 +221,7 @@ def _first_state(
     )
     ones = jnp.ones(B, jnp.int32)
     _, done_B = truncate(engine, first_B[:, None], ones, limits_B)
-    return DecodeState(
+    state = DecodeState(
         cache=cache.replace(lengths_B=prompts_B),
         drafter=drafter_state,
         tokens_BxS=tokens_BxS,
@@ -226,6 +233,7 @@ def _first_state(
         rounds_B=ones * 0 + 1,
         keys_B=keys_B,
     )
+    return laid_out(engine, state)
 
 
 def prefill(engine: Engine, params, tokens_BxP, prompts_B, limits_B, keys_B, slots, rounds):

@@ -1,9 +1,15 @@
-"""Writing files so that a reader sees the old one or the new one, never half of it."""
+"""Writing files so that a reader sees the old one or the new one, never half of it.
+
+With several processes only the first one writes: what the others hand in here is dropped.
+"""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import jax
 
 
 @contextmanager
@@ -14,6 +20,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     system. Raises OSError naming `path` (a full disk, say) and then leaves the old file as it was
     and no temporary file behind.
     """
+    if jax.process_index() != 0:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "dropped"
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -18,7 +18,7 @@ from specjax.models.config import ModelConfig
 from specjax.models.hf import WEIGHT_DTYPES, Checkpoint
 from specjax.models.target import Target
 from specjax.sampling import GREEDY, Sampling
-from specjax.training.sharding import path_of
+from specjax.sharding import MODEL_RULES, DecodeLayout, Rules, fetch, path_of, place, shardings
 from specjax.verification import Rule, get_rule
 
 _BUCKETS = (16, 32, 64, 128, 256, 512, 1024)
@@ -62,6 +62,12 @@ class TrainedDrafter:
         weights = {k: v for k, v in self.params.items() if k != "buffers"}
         return sum(w.size for w in jax.tree.leaves(weights))
 
+    def on(self, mesh, rules: Rules | None = None) -> "TrainedDrafter":
+        """The same parameters laid out on a mesh, by its own rules where none are given."""
+        rules = (*self.definition.partition, *MODEL_RULES) if rules is None else rules
+        params = place(self.params, shardings(mesh, self.params, rules))
+        return dataclasses.replace(self, params=params)
+
     def with_budget(self, **changes) -> "TrainedDrafter":
         """The same parameters drafting another tree (depth, candidates, nodes)."""
         definition = self.definition.with_budget(**changes)
@@ -75,9 +81,8 @@ class TrainedDrafter:
     def save(self, folder) -> None:
         """Writes config.json and model.safetensors, each whole or not at all."""
         folder = pathlib.Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        leaves = jax.tree_util.tree_leaves_with_path(self.params)
-        tensors = {path_of(k).replace("/", "."): np.asarray(v) for k, v in leaves}
+        leaves = jax.tree_util.tree_leaves_with_path(fetch(self.params))
+        tensors = {path_of(k).replace("/", "."): v for k, v in leaves}
         write_safetensors(folder / "model.safetensors", tensors)
         record = {
             "format": "specjax",
@@ -124,7 +129,7 @@ def init_drafter(
         if "buffers" in like:  # what a folder's model does not have
             fresh = _init(definition, jax.random.key(seed), target.params)
             params = params | {"buffers": fresh["buffers"]}
-        return TrainedDrafter(definition, params, target.fingerprint)
+        return _beside(target, TrainedDrafter(definition, params, target.fingerprint))
     definition = _family(name).of(target.config, config)
     params = _init(definition, jax.random.key(seed), target.params)
     if vocab_ids is not None:
@@ -138,7 +143,11 @@ def init_drafter(
         params = params | {"buffers": buffers}
         if "head" in params:
             params["head"] = definition.init_head(target.params, params["buffers"]["vocab_ids"])
-    return TrainedDrafter(definition, params, target.fingerprint)
+    return _beside(target, TrainedDrafter(definition, params, target.fingerprint))
+
+
+def _beside(target: Target, drafter: TrainedDrafter) -> TrainedDrafter:
+    return drafter if target.mesh is None else drafter.on(target.mesh)
 
 
 def load_drafter(folder, target: Target) -> TrainedDrafter:
@@ -176,9 +185,8 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
         array = checkpoint.read(path_of(keys).replace("/", "."), leaf.shape, dtypes)
         return jnp.asarray(array, leaf.dtype)
 
-    return TrainedDrafter(
-        definition, jax.tree_util.tree_map_with_path(read, like), target.fingerprint
-    )
+    params = jax.tree_util.tree_map_with_path(read, like)
+    return _beside(target, TrainedDrafter(definition, params, target.fingerprint))
 
 
 # ---- generate --------------------------------------------------------------------------------
@@ -252,8 +260,15 @@ def make_engine(
         rule = get_rule("greedy")  # every exact rule is greedy at temperature 0
     definition = definition.drawn(rule.draws, sampling)
     stops = target.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
-    engine = decoding.Engine(target.config, definition, rule, sampling, stops)
+    layout = None if target.mesh is None else layout_of(target.mesh, drafter)
+    engine = decoding.Engine(target.config, definition, rule, sampling, stops, layout)
     return engine, {"target": target.params, "drafter": {} if drafter is None else drafter.params}
+
+
+def layout_of(mesh, drafter: TrainedDrafter | None) -> DecodeLayout:
+    """How decoding lies on the target's mesh, by where the drafter's parameters are."""
+    leaves = [] if drafter is None else jax.tree.leaves(drafter.params)
+    return DecodeLayout(mesh, any(not leaf.sharding.is_fully_replicated for leaf in leaves))
 
 
 def request_keys(seed: int, count: int, first: int = 0):
@@ -303,7 +318,7 @@ def start(
 
 def collect(state) -> tuple[list[list[int]], list[list[int]]]:
     """(new tokens, accept lengths) of a finished state."""
-    tokens, lengths, prompts, emitted = jax.device_get(
+    tokens, lengths, prompts, emitted = fetch(
         (state.tokens_BxS, state.lengths_B, state.prompts_B, state.emitted_BxR)
     )
     new = [row[p:n].tolist() for row, p, n in zip(tokens, prompts, lengths, strict=True)]

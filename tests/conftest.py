@@ -15,6 +15,7 @@ from specjax.models.target import Target
 
 cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", f"{tempfile.gettempdir()}/specjax-xla-cache")
 jax.config.update("jax_compilation_cache_dir", cache)
+jax.config.update("jax_num_cpu_devices", 8)  # for meshes; all else runs on the first
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 MAPPINGS = pathlib.Path("/proc/self/maps")

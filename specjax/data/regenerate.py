@@ -6,7 +6,7 @@ import pathlib
 
 import numpy as np
 
-from specjax import decoding
+from specjax import decoding, processes
 from specjax.files import replacing
 from specjax.generation import collect, make_engine, start
 from specjax.models.target import Target
@@ -36,11 +36,11 @@ def regenerate(
     """
     settings = {"new": max_new_tokens, "temperature": temperature, "seed": seed, "batch": batch}
     folder = pathlib.Path(folder) / _key(target, prompts, settings)
-    folder.mkdir(parents=True, exist_ok=True)
     groups = by_length(prompts, batch)
     engine, params = make_engine(target, None, Sampling(temperature))
     result: list = [None] * len(prompts)
-    todo = [g for g in range(len(groups)) if not (folder / f"{g}.npz").is_file()]
+    there = lambda g: (folder / f"{g}.npz").is_file()  # noqa: E731
+    todo = processes.first(lambda: [g for g in range(len(groups)) if not there(g)])
     if not todo:
         say(f"data: {len(prompts)} continuations read from {folder}")
     with progress("regenerate", len(groups), len(groups) - len(todo)) as advance:
@@ -52,10 +52,12 @@ def regenerate(
                 with replacing(path) as temporary, open(temporary, "wb") as file:
                     np.savez(file, tokens=np.concatenate(new), lengths=[len(t) for t in new])
                 advance()
-            with np.load(path) as stored:
-                pieces = np.split(stored["tokens"], np.cumsum(stored["lengths"])[:-1])
-            for i, piece in zip(members, pieces, strict=True):
-                result[i] = (prompts[i] + piece.tolist(), len(prompts[i]))
+            else:
+                with np.load(path) as stored:
+                    pieces = np.split(stored["tokens"], np.cumsum(stored["lengths"])[:-1])
+                    new = [piece.tolist() for piece in pieces]
+            for i, tokens in zip(members, new, strict=True):
+                result[i] = (prompts[i] + tokens, len(prompts[i]))
     return result
 
 

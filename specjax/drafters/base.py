@@ -55,6 +55,8 @@ class Drafter:
     default_rule: ClassVar[str] = "match"
     trained: ClassVar[bool] = False  # whether it has parameters to train
     proposals: ClassVar[tuple[str, ...]] = ("top",)  # kinds of drawing it offers
+    # How its own parameters are split over a mesh, ahead of the rules in specjax/sharding.py.
+    partition: ClassVar[tuple[tuple[str, tuple], ...]] = (("buffers/.*", ()),)
 
     target: ModelConfig
     # How tokens are drawn; set by the rule that verifies them, not by the user.

@@ -35,6 +35,7 @@ class DFlash(BackboneDrafter, FeatureDrafter):
     """Block-diffusion drafter on a backbone-expansion tree."""
 
     name: ClassVar[str] = "dflash"
+    partition: ClassVar = (("mask", (None,)), *FeatureDrafter.partition)
 
     num_layers: int = 5
     block_size: int = 16  # the root and N = block_size - 1 mask tokens

@@ -42,6 +42,11 @@ class FastEagle(BackboneDrafter, FeatureDrafter):
     """Single-pass cascade drafter on a backbone-expansion tree."""
 
     name: ClassVar[str] = "fasteagle"
+    partition: ClassVar = (
+        ("entry|sampling/(gate|up)", ("fsdp", "tensor")),
+        ("sampling/down", ("tensor", "fsdp")),
+        *FeatureDrafter.partition,
+    )
 
     num_layers: int = 7  # N: trained depth
     # "fc2h": FC over [norm(g), norm(e)]; "wide_qkv": EAGLE-3's 2D-wide layer; "sampled": fc2h, then

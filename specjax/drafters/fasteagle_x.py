@@ -39,6 +39,11 @@ class FastEagleX(FastEagle):
     """FastEagle with a transition bias and a choice of trees."""
 
     name: ClassVar[str] = "fasteagle_x"
+    partition: ClassVar = (
+        ("shift_down", ("fsdp", None)),
+        ("shift_up", (None, "fsdp")),
+        *FastEagle.partition,
+    )
 
     rank: int = 0  # of the transition bias, e.g. 32; 0 = none
     pool: int = 8  # candidates of a depth that are told apart by their parent

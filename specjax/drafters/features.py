@@ -6,7 +6,7 @@ pending; the next draft extends over all of them at once.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import flax.struct
@@ -57,6 +57,8 @@ class MidLayer(nn.Module):
 @dataclasses.dataclass(frozen=True)
 class FeatureDrafter(LearnedDrafter):
     """Drafter over the target's tapped features, with layers of the target's family."""
+
+    partition: ClassVar = (("fc", ("fsdp", "tensor")), *LearnedDrafter.partition)
 
     feature_layers: tuple[int, ...] = ()  # () = the target's low, mid and high taps
     intermediate_size: int = 0  # 0 = the target's

@@ -53,6 +53,11 @@ class Medusa(ParallelDrafter):
     """Independent heads over the target's last hidden state."""
 
     name: ClassVar[str] = "medusa"
+    partition: ClassVar = (
+        ("heads/[0-9]+/[0-9]+/fc", ("fsdp", "tensor")),
+        ("heads/[0-9]+/[0-9]+/bias", (None,)),
+        *ParallelDrafter.partition,
+    )
 
     heads: int = 4  # N: trained depth
     blocks: int = 1  # residual blocks a head

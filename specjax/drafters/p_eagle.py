@@ -35,6 +35,7 @@ class PEagle(BackboneDrafter, FeatureDrafter):
     """One pass over one true and N - 1 mask rows, on a backbone-expansion tree."""
 
     name: ClassVar[str] = "p_eagle"
+    partition: ClassVar = (("mask_token|mask_hidden", (None,)), *FeatureDrafter.partition)
 
     num_layers: int = 4
     draft_depth: int = 7  # N: rows of a draft, and depths trained; parameters fit any

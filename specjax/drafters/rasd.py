@@ -118,6 +118,10 @@ class Rasd(Drafter):
         return max(self._drafter.depth, min(self.continuation, self.retrieved_nodes))
 
     @property
+    def partition(self):
+        return self._drafter.partition
+
+    @property
     def taps(self) -> tuple[int, ...]:
         return self._drafter.taps
 

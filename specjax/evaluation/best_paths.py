@@ -20,6 +20,7 @@ from specjax.drafters.learned import LearnedDrafter
 from specjax.generation import TrainedDrafter
 from specjax.models import transformer
 from specjax.models.target import Target
+from specjax.sharding import fetch
 
 FAR = 1 << 20  # rank of a token that the draft vocabulary lacks
 
@@ -66,7 +67,7 @@ def count_prefixes(
     counts, positions = collections.Counter(), 0
     for first in range(0, len(rows["tokens"]) - batch + 1, batch):
         tokens = rows["tokens"][first : first + batch]
-        ranks_BxTxN = np.asarray(_ranks(definition, drafter.params, target.params, tokens))
+        ranks_BxTxN = fetch(_ranks(definition, drafter.params, target.params, tokens))
         supervised = jnp.asarray(rows["supervised"][first : first + batch])
         whole_BxT = np.asarray(label_mask(supervised, ranks_BxTxN.shape[-1])).all(axis=-1)
         found = ranks_BxTxN[whole_BxT]

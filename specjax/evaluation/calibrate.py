@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+from specjax import processes
 from specjax.evaluation.timing import time_in_turns
 from specjax.generation import TrainedDrafter, make_engine
 from specjax.models.target import Target
@@ -41,7 +42,8 @@ def calibrate(
             taus.append(probe(target, variant))
             contenders.append((engine, params, probe.start(engine, params, 0)))
             advance(note=f"tau {taus[-1]:.2f}")
-    times = time_in_turns(contenders, repeats=15)
+    clocks = time_in_turns(contenders, repeats=15)
+    times = processes.first(lambda: clocks)  # one choice of tree for all processes
     trials = [
         Trial(budget, variant.definition.nodes, variant.definition.depth, tau, round_ms)
         for budget, variant, tau, round_ms in zip(budgets, variants, taus, times, strict=True)

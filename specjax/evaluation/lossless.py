@@ -21,6 +21,7 @@ from specjax.generation import bucket, pad_to_bucket
 from specjax.models import transformer
 from specjax.models.target import Target
 from specjax.sampling import Sampling, filtered_probs
+from specjax.sharding import fetch
 
 TIE = 1e-4  # gap between two logits under which fp32 rounding may rank them either way
 
@@ -28,7 +29,7 @@ TIE = 1e-4  # gap between two logits under which fp32 rounding may rank them eit
 def next_logits(target: Target, prompt, new) -> np.ndarray:
     """TxV: the target's logits for each new token, by one forward without a cache."""
     ids = [*prompt, *new]
-    return np.asarray(target.logits(pad_to_bucket([ids]))[0, len(prompt) - 1 : len(ids) - 1])
+    return fetch(target.logits(pad_to_bucket([ids]))[0, len(prompt) - 1 : len(ids) - 1])
 
 
 # ---- temperature 0 -------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def score_answers(
             target.params, target.config, sampling, bucket(len(new)),
             pad_to_bucket([[*prompt, *new]]), len(prompt) - 1, tie,
         )  # fmt: skip
-        scores.append(AnswerScores(*(np.asarray(f)[: len(new)] for f in fields)))
+        scores.append(AnswerScores(*(f[: len(new)] for f in fetch(fields))))
     return scores
 
 

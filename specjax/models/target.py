@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from specjax.models import transformer
 from specjax.models.config import ModelConfig, read_config
 from specjax.models.hf import load_params
+from specjax.sharding import fetch
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 DTYPES = ("float32", "bfloat16")
@@ -46,8 +46,8 @@ class Target:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Identifies the weights a drafter was made for, whatever dtype they were loaded in."""
-        bits = np.asarray(self.params["final_norm"]["scale"].astype(jnp.bfloat16)).tobytes()
-        bits += np.asarray(self.params["embed"][:64].astype(jnp.bfloat16)).tobytes()
+        scale, embed = self.params["final_norm"]["scale"], self.params["embed"][:64]
+        bits = b"".join(fetch(w.astype(jnp.bfloat16)).tobytes() for w in (scale, embed))
         return hashlib.sha256(bits).hexdigest()[:16]
 
 
@@ -109,7 +109,7 @@ def load_target(
     if scan_layers:
         params = transformer.stack_layers(params)
     if mesh is not None:
-        from specjax.training.sharding import shardings
+        from specjax.sharding import shardings
 
         params = jax.device_put(params, shardings(mesh, params))
     name = "builtin" if folder == BUILTIN else folder.name
@@ -120,6 +120,6 @@ def _placer(dtype, mesh):
     """(path, host array) -> device array in `dtype`, sharded as soon as it is read."""
     if mesh is None:
         return lambda path, array: jnp.asarray(array).astype(dtype)
-    from specjax.training.sharding import leaf_sharding
+    from specjax.sharding import leaf_sharding
 
     return lambda path, array: jax.device_put(array.astype(dtype), leaf_sharding(mesh, path, array))

@@ -8,12 +8,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from specjax import decoding
+from specjax import decoding, sharding
 from specjax.distillation.deepkd import stream_gradients
 from specjax.distillation.gsnr import probed_gsnr
 from specjax.generation import TrainedDrafter, collect, make_engine, start
 from specjax.models.target import Target
-from specjax.training import sharding
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.loop import fit
 from specjax.training.metrics import MetricsLog
@@ -76,6 +75,7 @@ def train_drafter(
     label: str,
     mesh,
     seed: int = 0,
+    rules=None,
 ) -> tuple[TrainedDrafter, TrainingCost]:
     """Trains (or resumes) and returns the drafter with what it cost.
 
@@ -88,14 +88,15 @@ def train_drafter(
       label: name in metrics and checkpoints.
       mesh: parameters and batches are sharded over it.
       seed: of gates that sample.
+      rules: of the drafter's parameters and optimiser state; None = its own and the models'.
     """
     cost, reference, buffers = TrainingCost(0, 0.0), None, split_buffers(drafter.params)[1]
     if needs_reference(cfg):
         reference, cost = train_drafter(
             target, drafter, reference_config(cfg), batch_fn, tree, probe, folder, metrics,
-            f"{label}-reference", mesh, seed,
+            f"{label}-reference", mesh, seed, rules,
         )  # fmt: skip
-    step, state, frozen = set_up(target, drafter, cfg, mesh, seed, reference)
+    step, state, frozen = set_up(target, drafter, cfg, mesh, seed, reference, rules)
 
     def with_params(params):
         params = params | ({"buffers": buffers} if buffers else {})
@@ -103,7 +104,7 @@ def train_drafter(
 
     def place(step, state):
         rows = batch_fn(step, with_params(state.params))
-        return jax.device_put(rows, sharding.batch_sharding(mesh))
+        return sharding.place(rows, sharding.batch_sharding(mesh))
 
     def evaluate(state):
         # The state is donated to the next step: decode with a copy of its parameters.
@@ -118,7 +119,7 @@ def train_drafter(
         f"train/{label}", state, frozen, step, place, cfg.steps,
         checkpoints=checkpoints, checkpoint_every=cfg.checkpoint_every, metrics=metrics,
         log_every=cfg.log_every, evaluate=evaluate if cfg.tau_every else None,
-        evaluate_every=cfg.tau_every, tokens_per_step=tokens_per_step,
+        evaluate_every=cfg.tau_every, tokens_per_step=tokens_per_step, flops_per_step=flops,
     )  # fmt: skip
     checkpoints.close()
     if ratios := probed_gsnr(state.opt_state):
@@ -128,22 +129,23 @@ def train_drafter(
     return with_params(state.params), cost
 
 
-def set_up(target, drafter, cfg, mesh, seed=0, reference: TrainedDrafter | None = None):
+def set_up(target, drafter, cfg, mesh, seed=0, reference: TrainedDrafter | None = None, rules=None):
     """(compiled step, state before the first one, what it reads besides) on their mesh."""
+    rules = (*drafter.definition.partition, *sharding.MODEL_RULES) if rules is None else rules
     trainable, buffers = split_buffers(drafter.params)
     objective = make_objective(cfg.loss, cfg.steps)
     step, optimizer = compiled_step(
         drafter.definition, objective, cfg.optimizer.to_json(), cfg.steps
     )
     frozen = {
-        "key": jax.random.key(seed),
-        "target": jax.device_put(target.params, sharding.shardings(mesh, target.params)),
-        "buffers": jax.device_put(buffers, sharding.replicated(mesh)),
+        "key": sharding.place(jax.random.key(seed), sharding.replicated(mesh)),
+        "target": sharding.place(target.params, sharding.shardings(mesh, target.params)),
+        "buffers": sharding.place(buffers, sharding.replicated(mesh)),
     }
     if reference is not None:
         frozen["reference"] = split_buffers(reference.params)[0]
     state = create(trainable, optimizer)
-    return step, jax.device_put(state, sharding.shardings(mesh, state)), frozen
+    return step, sharding.place(state, sharding.shardings(mesh, state, rules)), frozen
 
 
 @functools.lru_cache(maxsize=32)

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import jax
 
+from specjax.profiling import StageTrace
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.metrics import MetricsLog
+from specjax.training.preemption import Preempted, noticing
 from specjax.training.progress import progress, say
 from specjax.training.state import TrainState
 
@@ -27,6 +29,7 @@ def fit(
     evaluate: Callable | None = None,
     evaluate_every: int = 0,
     tokens_per_step: int = 0,
+    flops_per_step: float = 0.0,
 ) -> TrainState:
     """Trains until `steps`, resuming from the newest checkpoint there is.
 
@@ -39,12 +42,13 @@ def fit(
         sees the same data as an uninterrupted one. The state is read there and not kept.
       steps: budget in optimisation steps.
       checkpoints, checkpoint_every: where and how often (0: only at the end).
-      metrics, log_every: rows of loss, gradient norm, throughput.
+      metrics, log_every: rows of loss, gradient norm, throughput (see `Clock`).
       evaluate, evaluate_every: state -> dict of numbers, logged as its own row (decode-time tau).
-      tokens_per_step: for the throughput column.
+      tokens_per_step, flops_per_step: for throughput and MFU.
 
     Raises:
       FloatingPointError: the loss or a gradient is not finite; the last good checkpoint stays.
+      Preempted: SIGTERM came; the step under way was finished and saved.
     """
     if checkpoints is not None and checkpoints.latest() is not None:
         restored = checkpoints.restore(state, say)
@@ -54,7 +58,7 @@ def fit(
         metrics.rewind(stage, done)
     if done:
         say(f"{stage}: resuming at step {done} of {steps}")
-    last, counted, pending = time.perf_counter(), done, None
+    clock, trace, pending = Clock(done, tokens_per_step, flops_per_step), StageTrace(stage), None
 
     def check(step, values):
         values = {k: float(v) for k, v in jax.device_get(values).items()}
@@ -66,26 +70,72 @@ def fit(
             )
         return values
 
-    with progress(stage, steps, done) as advance:
+    with progress(stage, steps, done) as advance, noticing() as due_to_stop:
         for step in range(done + 1, steps + 1):
+            trace()
             state, values = step_fn(state, frozen, batch_fn(step - 1, state))
             # Fetch step t-1 while step t runs: the device never waits for the host.
             previous = check(*pending) if pending is not None else None
             pending = (step, values)
             advance(note=f"loss {previous['loss']:.3f}" if previous else "")
+            stopping = due_to_stop(step)
             final, due = step == steps, checkpoint_every and step % checkpoint_every == 0
             if metrics is not None and (step % log_every == 0 or final):
-                now_values, now = check(*pending), time.perf_counter()
-                rate = tokens_per_step * (step - counted) / (now - last)
-                metrics.write(stage, step, **now_values, tokens_per_s=round(rate, 1))
-                last, counted = now, step
-            if checkpoints is not None and (final or due):
+                values = check(*pending)
+                metrics.write(stage, step, **values, **clock.rates(step))
+            if checkpoints is not None and (final or due or stopping):
                 check(*pending)
+                clock.pause(step)
                 checkpoints.save(step, state)
-                last, counted = time.perf_counter(), step
+                clock.go_on()
+            if stopping and not final:
+                trace.close()
+                saved = "nothing was saved" if checkpoints is None else f"saved at step {step}"
+                raise Preempted(f"{stage}: stopped by SIGTERM, {saved}; the same command resumes")
             if evaluate is not None and evaluate_every and (step % evaluate_every == 0 or final):
+                jax.block_until_ready(state.step)
+                clock.pause(step)
                 results = evaluate(state)
                 if metrics is not None:
                     metrics.write(stage, step, **results)
-                last, counted = time.perf_counter(), step
+                clock.go_on()
+    trace.close()
     return state
+
+
+class Clock:
+    """Throughput of a training stage, and how much of the time it takes goes into steps."""
+
+    def __init__(self, done: int, tokens_per_step: int, flops_per_step: float):
+        self.tokens, self.flops, self.peak = tokens_per_step, flops_per_step, 0.0
+        self.began = self.last = time.perf_counter()
+        self.counted, self.stepping, self.own, self.own_seconds = done, 0.0, done, 0.0
+
+    def pause(self, step: int) -> None:
+        """Ahead of work that is not a step."""
+        now = time.perf_counter()
+        self.stepping += now - self.last
+        self.own_seconds += now - self.last
+        self.last, self.counted = now, step
+
+    def go_on(self) -> None:
+        """After it."""
+        self.last = time.perf_counter()
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Since the last call, other work left out: tokens per second, TFLOP/s (XLA's count of a
+        step's operations), and their share of the devices' peak, `mfu`, where that is known; since
+        the stage began, `goodput`: the share of its time, compilation, checkpoints and evaluation
+        included, that went into steps.
+        """
+        self.pause(step)
+        steps, seconds = step - self.own, max(self.own_seconds, 1e-9)
+        self.own, self.own_seconds = step, 0.0
+        found = {"tokens_per_s": round(self.tokens * steps / seconds, 1)}
+        if self.flops:
+            rate = self.flops * steps / seconds
+            found["tflops_per_s"] = round(rate / 1e12, 4)
+            if self.peak:
+                found["mfu"] = round(rate / self.peak, 4)
+        found["goodput"] = round(self.stepping / max(self.last - self.began, 1e-9), 4)
+        return found

@@ -5,6 +5,7 @@ import pathlib
 import time
 
 from specjax.files import write_text
+from specjax.processes import is_first
 
 
 class MetricsLog:
@@ -36,11 +37,13 @@ class MetricsLog:
     def rewind(self, stage: str, step: int):
         """Forgets rows of `stage` past `step` (and unfinished lines)."""
         keep = [r for r in self.rows() if r.get("stage") != stage or r.get("step", 0) <= step]
-        if self.path.is_file():
+        if is_first() and self.path.is_file():
             write_text(self.path, "".join(json.dumps(r) + "\n" for r in keep))
 
     def write(self, stage: str, step: int, **values):
         """One row; values are plain numbers, strings or lists of them."""
+        if not is_first():
+            return
         row = {"step": step, "stage": stage, "time": round(time.time(), 3)} | values
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")

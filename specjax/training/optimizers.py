@@ -11,7 +11,7 @@ from specjax.distillation.deepkd import (
     scale_by_deepkd_adam,
 )
 from specjax.distillation.gsnr import probe_gsnr
-from specjax.training.sharding import path_of
+from specjax.sharding import path_of
 
 
 def schedule(cfg, steps: int) -> optax.Schedule:

@@ -8,13 +8,13 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from specjax import sharding
 from specjax.data import corpora
 from specjax.data.tokenizer import save_tokenizer, train_bpe
 from specjax.data.windows import Windows
 from specjax.models import transformer
 from specjax.models.config import ModelConfig
 from specjax.models.hf import save_target
-from specjax.training import sharding
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.loop import fit
 from specjax.training.metrics import MetricsLog
@@ -68,7 +68,7 @@ def pretrain(config: ConfigDict, folder):
         for module, name in (("attn", "o"), ("mlp", "down")):
             layer[module][name] = layer[module][name] * (2 * model.num_layers) ** -0.5
     state = create(transformer.stack_layers(params), optimizer)
-    state = jax.device_put(state, sharding.shardings(mesh, state))
+    state = sharding.place(state, sharding.shardings(mesh, state))
 
     def loss_fn(params, frozen, tokens, step):
         return token_losses(params, model, tokens).mean(), {}

@@ -14,6 +14,7 @@ import pathlib
 
 import numpy as np
 
+from specjax import processes
 from specjax.data.regenerate import Rows, by_length, continued, pad_rows
 from specjax.files import replacing
 from specjax.generation import TrainedDrafter, make_engine
@@ -103,7 +104,7 @@ class OwnRows:
         if self._current[0] == time:
             return self._current[1]
         path = self.folder / f"{time}.npz"
-        if not path.is_file():
+        if not processes.first(path.is_file):
             steps = range(time * self.how.refresh, (time + 1) * self.how.refresh)
             places = sorted({p for s in steps for p in np.array(self.rows.picks(s))[self.own(s)]})
             prompts = [self.prompts[p] for p in places]
@@ -111,10 +112,11 @@ class OwnRows:
             sequences = write(self.target, drafter, prompts, self.how, seed)
             length = self.rows.rows["tokens"].shape[1]
             rows = pad_rows(sequences, length, self.supervise_prompt)
-            path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 np.savez(file, places=places, **rows)
             say(f"data: {len(places)} sequences written by the drafter")
+            self._current = (time, (np.array(places), rows))
+            return self._current[1]
         with np.load(path) as stored:
             rows = {name: stored[name] for name in ("tokens", "supervised")}
             self._current = (time, (stored["places"], rows))

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from specjax.models.config import ModelConfig
 from specjax.models.transformer import init_params, stack_layers
-from specjax.training.sharding import (
+from specjax.sharding import (
     AXES,
     MODEL_RULES,
     batch_sharding,
