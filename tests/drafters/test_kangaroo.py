@@ -127,11 +127,15 @@ def test_every_draft_is_the_twin_s(target, drafter):
 def test_teaching_is_drafting(target, drafter):
     """Row t reads out what the twin says after x_{t+1}; stacked layers say the same."""
     tokens = np.random.default_rng(0).integers(12, size=(2, 9)).astype(np.int32)
-    definition = drafter.definition
     expected = np.stack([twin_logits(target, drafter, row) for row in tokens.tolist()])
-    for params in (target.params, stack_layers(target.params)):
-        (hidden,), _ = definition.teach(drafter.params, params, None, tokens)
-        found = definition.logits(drafter.params, params, hidden)
+
+    @jax.jit
+    def taught(params, target_params):
+        (hidden,), _ = drafter.definition.teach(params, target_params, None, tokens)
+        return drafter.definition.logits(params, target_params, hidden)
+
+    for target_params in (target.params, stack_layers(target.params)):
+        found = taught(drafter.params, target_params)
         np.testing.assert_allclose(found[:, :-1], expected[:, 1:], atol=1e-4)
 
 
