@@ -6,6 +6,7 @@ from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.eagle3 import Eagle3
 from specjax.drafters.fasteagle import FastEagle
 from specjax.drafters.fasteagle_x import FastEagleX
+from specjax.drafters.kangaroo import Kangaroo
 from specjax.drafters.medusa import Medusa
 from specjax.drafters.p_eagle import PEagle
 from specjax.drafters.prompt_lookup import PromptLookup
@@ -20,6 +21,7 @@ _ALL = (
     DFlash,
     Medusa,
     DraftModel,
+    Kangaroo,
     PromptLookup,
     TokenRecycling,
     Rasd,

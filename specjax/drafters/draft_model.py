@@ -2,85 +2,41 @@
 
 Source: Leviathan et al. 2211.17192, Chen et al. 2302.01318. Any model of the same vocabulary will
 do; without one, a shallow model of the target's family is made and distilled like every drafter.
-
-The cache holds the model's keys and values of committed tokens. A round feeds the last `catch_up`
-of them, then each drafted token but the last. Two are enough for its own drafts: after one that was
-accepted whole its last token has not been fed yet, and feeding a token again that was writes the
-same row. Where others draft beside it, as many as a round may commit are fed. Nothing is rolled
-back, since slots past the committed length are scratch.
-
-Adaptive length (`stop`): a row whose policy says stop drafts no further, its later tree rows are
-invalid, and drafting ends when every row of the batch has stopped.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from specjax.cache import KVCache, causal_cache_mask, empty_cache
+from specjax.cache import KVCache, empty_cache
 from specjax.data.tokenizer import load_tokenizer
-from specjax.drafters.learned import LearnedDrafter
-from specjax.drafters.proposals import KINDS, draw_children, log_law
-from specjax.drafters.stopping import POLICIES, acceptance_logit, init_head
+from specjax.drafters.chain import ChainDrafter
+from specjax.drafters.stopping import init_head
 from specjax.models.config import ModelConfig, read_config
 from specjax.models.hf import load_params
 from specjax.models.target import resolve_folder
 from specjax.models.transformer import forward, head_VxD, init_params
-from specjax.sampling import argmax
-from specjax.trees import Topology, chain
-
-
-@flax.struct.dataclass
-class _Chain:
-    """A draft in the making."""
-
-    cache: KVCache
-    hidden_BxD: jax.Array  # after the newest token fed
-    tokens_BxT: jax.Array
-    valid_BxT: jax.Array
-    alive_B: jax.Array  # whether the row drafts on
-    survive_B: jax.Array  # predicted probability that nothing fed so far is rejected
-    law_BxTxV: Any
 
 
 @dataclasses.dataclass(frozen=True)
-class DraftModel(LearnedDrafter):
+class DraftModel(ChainDrafter):
     """A smaller model of the same vocabulary, drafting a chain."""
 
     name: ClassVar[str] = "draft_model"
-    proposals: ClassVar[tuple[str, ...]] = KINDS  # one child a node: all kinds draw alike
 
-    draft_depth: int = 4
     num_layers: int = 2
     hidden_size: int = 0  # 0 = the target's, here and below
     intermediate_size: int = 0
     num_heads: int = 0
     num_kv_heads: int = 0
-    stop: str = "fixed"  # one of `stopping.POLICIES`
-    # "confidence": stop after a token less probable than this; "specdec": when a rejection is more
-    # probable than this
-    threshold: float = 0.3
-    min_depth: int = 1  # tokens drafted whatever the policy says
-    catch_up: int = 2  # newest committed tokens that a round feeds
     own_model: ModelConfig | None = None  # geometry of a model that was loaded; overrides the rest
 
     def __post_init__(self):
         super().__post_init__()
-        if self.draft_depth < 1 or self.num_layers < 1:
-            raise ValueError("draft_depth, num_layers: must be at least 1")
-        if self.stop not in POLICIES:
-            raise ValueError(f"stop: {self.stop!r} is unknown; one of {POLICIES}")
-        if not 1 <= self.min_depth <= self.draft_depth:
-            raise ValueError(
-                f"min_depth: {self.min_depth} must be in [1, draft_depth={self.draft_depth}]"
-            )
-        if self.catch_up < 2:
-            raise ValueError(f"catch_up: {self.catch_up} must be at least 2")
-        if self.draft_vocab_size:
-            raise ValueError("draft_vocab_size: a draft model reads out its whole vocabulary")
+        if self.num_layers < 1:
+            raise ValueError(f"num_layers: {self.num_layers} must be at least 1")
         if self.model.vocab_size != self.target.vocab_size:
             raise ValueError(
                 f"draft model: its vocabulary has {self.model.vocab_size} tokens, the target's "
@@ -100,25 +56,6 @@ class DraftModel(LearnedDrafter):
             num_heads=self.num_heads or t.num_heads,
             num_kv_heads=self.num_kv_heads or t.num_kv_heads,
         )
-
-    @property
-    def depth(self) -> int:
-        return self.draft_depth
-
-    @property
-    def nodes(self) -> int:
-        return self.depth + 1
-
-    @property
-    def topology(self) -> Topology:
-        return chain(self.depth)
-
-    @property
-    def unrolled(self) -> int:
-        return 1  # trained as what it is, a language model
-
-    def among_others(self, depth: int) -> "DraftModel":
-        return dataclasses.replace(self, catch_up=max(2, depth + 1))
 
     @classmethod
     def load(cls, target, folder):
@@ -145,101 +82,9 @@ class DraftModel(LearnedDrafter):
     def init_state(self, batch: int, slots: int, dtype) -> KVCache:
         return empty_cache(self.model, batch, slots, dtype)
 
-    def prefill(self, params, target_params, state, committed, context):
-        B, P = committed.tokens_BxA.shape
-        _, state = self._feed(params, state, context.tokens_BxS[:, :P], jnp.zeros(B, jnp.int32))
-        return state
-
-    def _feed(self, params, cache: KVCache, tokens_BxT, start_B):
-        """Runs tokens at slots start_B..: (final-normed hidden BxTxD, cache)."""
-        T = tokens_BxT.shape[1]
-        cache = cache.replace(lengths_B=start_B)
-        positions = start_B[:, None] + jnp.arange(T, dtype=jnp.int32)
-        mask = causal_cache_mask(start_B, T, cache.slots)
-        out = forward(params, self.model, tokens_BxT, positions, mask, cache)
+    def states(self, params, target_params, tokens_BxT, positions_BxT, mask, cache=None):
+        out = forward(params, self.model, tokens_BxT, positions_BxT, mask, cache)
         return out.hidden_BxTxD, out.cache
-
-    def draft(self, params, target_params, state, context, key):
-        B, T, W = context.lengths_B.shape[0], self.nodes, self.catch_up
-        root_at_B = context.lengths_B - 1
-        start_B = jnp.maximum(context.lengths_B - W, 0)  # a short text: rows past the root are junk
-        newest = jax.vmap(lambda row, n: jax.lax.dynamic_slice(row, (n,), (W,)))
-        hidden, cache = self._feed(params, state, newest(context.tokens_BxS, start_B), start_B)
-        place_Bx1x1 = (root_at_B - start_B)[:, None, None]
-        law_BxTxV = None
-        if self.proposal.sampled:  # the deepest row has no children; its law is any
-            law_BxTxV = jnp.full((B, T, self.target.vocab_size), -jnp.inf)
-        root = jnp.arange(T) == 0
-        draft = _Chain(
-            cache,
-            jnp.take_along_axis(hidden, place_Bx1x1, axis=1)[:, 0],
-            jnp.where(root, context.root_B()[:, None], 0),
-            jnp.broadcast_to(root, (B, T)),
-            jnp.ones(B, bool),
-            jnp.ones(B),
-            law_BxTxV,
-        )
-        draft = self._draw(params, target_params, draft, 1, key)
-
-        def step(level, draft):
-            token_Bx1 = jax.lax.dynamic_slice_in_dim(draft.tokens_BxT, level, 1, axis=1)
-            with jax.named_scope("step"):
-                hidden, cache = self._feed(params, draft.cache, token_Bx1, root_at_B + level)
-            draft = draft.replace(hidden_BxD=hidden[:, 0], cache=cache)
-            return self._draw(params, target_params, draft, level + 1, key)
-
-        if self.stop == "fixed":
-            for level in range(1, self.depth):
-                draft = step(level, draft)
-        else:
-            _, draft = jax.lax.while_loop(
-                lambda carry: (carry[0] < self.depth) & jnp.any(carry[1].alive_B),
-                lambda carry: (carry[0] + 1, step(*carry)),
-                (jnp.int32(1), draft),
-            )
-        tree = self.topology.draft(draft.tokens_BxT, draft.law_BxTxV)
-        # Committed rows that are final: all but those which the next round may feed again.
-        return tree.replace(valid_T=draft.valid_BxT), draft.cache.replace(lengths_B=start_B)
-
-    def _draw(self, params, target_params, draft: _Chain, level, keys_B) -> _Chain:
-        """Draws token `level` where the row is alive, and decides where it drafts on."""
-        logits_BxV = self.logits(params, target_params, draft.hidden_BxD[:, None])[:, 0]
-        law_BxTxV = draft.law_BxTxV
-        if self.proposal.sampled:
-            law_BxV = log_law(logits_BxV, self.proposal.sampling)
-            draw = lambda k, q: draw_children(  # noqa: E731
-                jax.random.fold_in(k, level), q, 1, self.proposal.kind
-            )[0]
-            token_B = jax.vmap(draw)(keys_B, law_BxV)
-            law_BxTxV = law_BxTxV.at[:, level - 1].set(law_BxV)
-        else:
-            token_B = argmax(logits_BxV)
-        alive_B, survive_B = draft.alive_B, draft.survive_B
-        if self.stop == "confidence":
-            own_B = jnp.take_along_axis(logits_BxV, token_B[:, None], axis=1)[:, 0]
-            logp_B = own_B - jax.nn.logsumexp(logits_BxV, axis=-1)
-            alive_B &= (jnp.exp(logp_B) >= self.threshold) | (level < self.min_depth)
-        if self.stop == "specdec":
-            # The state has read token level - 1 (the root at level 1, which is never in doubt).
-            head = params["buffers"]["acceptance"]
-            accept_B = jax.nn.sigmoid(acceptance_logit(head, draft.hidden_BxD))
-            survive_B = jnp.where(level > 1, survive_B * accept_B, survive_B)
-            alive_B &= (1 - survive_B <= self.threshold) | (level < self.min_depth)
-        return draft.replace(
-            tokens_BxT=draft.tokens_BxT.at[:, level].set(token_B),
-            valid_BxT=draft.valid_BxT.at[:, level].set(draft.alive_B),
-            alive_B=alive_B,
-            survive_B=survive_B,
-            law_BxTxV=law_BxTxV,
-        )
-
-    # ---- training ----------------------------------------------------------------------------
-
-    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
-        out = forward(params, self.model, tokens_BxT)
-        # Row t reads out after x_{t+1}.
-        hidden = jnp.pad(out.hidden_BxTxD[:, 1:], ((0, 0), (0, 1), (0, 0)))
-        return [hidden], [hidden]
 
     def normed(self, params, hidden):
         return hidden  # `forward` ends with the final norm

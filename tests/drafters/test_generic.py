@@ -51,6 +51,10 @@ VARIANTS = {
         "confidence": dict(draft_depth=4, stop="confidence", threshold=0.12),
         "specdec": dict(draft_depth=4, stop="specdec", threshold=0.6),
     },
+    "kangaroo": {
+        "chain": dict(exit_layer=2, draft_depth=3, stop="fixed"),
+        "confidence": dict(exit_layer=2, draft_depth=4, threshold=0.12),
+    },
     "dflash": {
         "chain": dict(num_layers=2, block_size=4),
         "backbone": dict(num_layers=2, block_size=5, draft_depth=3, candidates=3),

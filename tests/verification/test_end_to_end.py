@@ -26,7 +26,7 @@ HOT_CUT, WARM_CUT, COLD_CUT = FILTERED
 
 CHAIN = {
     "fasteagle": dict(candidates=1), "eagle3": dict(top_k=1), "draft_model": {},
-    "prompt_lookup": {},
+    "kangaroo": dict(threshold=0.4), "prompt_lookup": {},
 }  # fmt: skip
 TREE = {
     "fasteagle": dict(candidates=2), "eagle3": dict(top_k=2, total_nodes=6), "token_recycling": {},
@@ -77,6 +77,7 @@ def drafter(target):
             "fasteagle": dict(num_layers=2), "eagle3": dict(steps=2),
             "draft_model": dict(num_layers=1, draft_depth=2), "medusa": dict(heads=2),
             "p_eagle": dict(num_layers=2, draft_depth=2),
+            "kangaroo": dict(exit_layer=1, draft_depth=2),
             "prompt_lookup": dict(draft_depth=2),
             "token_recycling": dict(successors=2, tree_nodes=4),
         }[name]  # fmt: skip
@@ -129,6 +130,8 @@ RUNS = [
     ("traversal", {}, "p_eagle", TREE, COLD),
     ("match", {}, "prompt_lookup", CHAIN, WARM),
     ("match", {}, "token_recycling", TREE, WARM_CUT),
+    ("token", {}, "kangaroo", CHAIN, COLD),
+    ("block", {}, "kangaroo", CHAIN, WARM_CUT),
 ]
 
 
