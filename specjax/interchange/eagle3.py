@@ -19,6 +19,7 @@ from specjax.interchange.folder import (
     layer_ids,
     refuse,
     section,
+    written_taps,
 )
 from specjax.interchange.head import head_tensors, layer_keys, read_geometry, read_head
 from specjax.models.config import ModelConfig
@@ -37,7 +38,7 @@ def write(definition: Eagle3, params, target: Target, verifier: str | None, dtyp
     """
     if verifier is not None:
         raise ValueError("verifier: this layout does not name it")
-    taps = definition.taps
+    taps = written_taps(definition)
     record = layer_keys(definition, ("llama",), dtype)
     if definition.block.qkv_bias or definition.block.o_bias:
         raise ValueError("own_layer: qkv_bias, o_bias: this layout's layer has none")

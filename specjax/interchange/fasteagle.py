@@ -21,6 +21,7 @@ from specjax.interchange.folder import (
     same_as_target,
     section,
     verifier_section,
+    written_taps,
 )
 from specjax.interchange.head import fusion_tensors, read_fusion, read_midlayer, split_midlayer
 from specjax.interchange.speculators import NOT_OF_A_LAYER, proposal
@@ -47,8 +48,6 @@ def write(definition: FastEagle, params, target: Target, verifier: str | None, d
       ValueError: what this layout cannot say (names the drafter's field), or a verifier that is no
         hub id.
     """
-    if len(definition.taps) != 3:
-        raise ValueError(f"feature_layers: {definition.taps}: this layout has exactly three")
     block = definition.block.replace(num_layers=definition.num_layers)
     layer = {k: v for k, v in config_to_hf(block, dtype).items() if k not in NOT_OF_A_LAYER}
     record = {
@@ -59,7 +58,7 @@ def write(definition: FastEagle, params, target: Target, verifier: str | None, d
         "draft_vocab_size": definition.draft_vocab_size or definition.target.vocab_size,
         "entry": definition.entry,
         "partial_alignment": definition.partial_alignment,
-        _IDS: list(definition.taps),
+        _IDS: list(written_taps(definition)),
         "torch_dtype": dtype,
         "transformer_layer_config": layer,
         "speculators_config": {

@@ -60,18 +60,35 @@ def layer_ids(raw: dict[str, Any], source, key: str) -> tuple[int, ...] | None:
 def checked_taps(taps: tuple[int, ...], target: ModelConfig, source, key: str) -> tuple[int, ...]:
     """Taps in our convention (layers *entered*) as the field `feature_layers` holds them.
 
+    The number of layers itself is refused: our tap of that number is the LM head's input, other
+    programs' what the last layer leaves, before the final norm.
+
     Raises:
       ValueError: they are not three layers of this target, low to high.
     """
     if taps == target.feature_layers():
         return ()
     low, mid, high = taps
-    if not 0 <= low < mid < high <= target.num_layers:
+    if not 0 <= low < mid < high < target.num_layers:
         refuse(
             source, key,
             f"the inputs of layers {taps}: not three of a target of {target.num_layers} layers, "
             "low to high",
         )  # fmt: skip
+    return taps
+
+
+def written_taps(definition) -> tuple[int, int, int]:
+    """The taps of a feature drafter, where the layouts can say them.
+
+    Raises:
+      ValueError: they are not three, or one is the LM head's input (names the field).
+    """
+    taps = definition.taps
+    if len(taps) != 3 or definition.target.num_layers in taps:
+        raise ValueError(
+            f"feature_layers: {taps}: this layout holds the inputs of exactly three layers"
+        )
     return taps
 
 

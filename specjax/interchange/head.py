@@ -88,7 +88,7 @@ def layer_keys(definition: Eagle3, families: tuple[str, ...], dtype: str) -> dic
     """The layer's geometry as config.json keys of a one-layer model.
 
     Raises:
-      ValueError: a layer that is not of one of the families, or not of three taps.
+      ValueError: a layer that is not of one of the families, or that no config can say.
     """
     block, target = definition.block, definition.target
     if block.model_type not in families:
@@ -96,8 +96,6 @@ def layer_keys(definition: Eagle3, families: tuple[str, ...], dtype: str) -> dic
             f"own_layer: this layout holds a layer of {' or '.join(families)}, not of "
             f"{block.model_type}; train the head with an own_layer of such a geometry"
         )
-    if len(definition.taps) != 3:
-        raise ValueError(f"feature_layers: {definition.taps}: this layout has exactly three")
     longest = max(block.max_position_embeddings, target.max_position_embeddings)
     one = block.replace(
         num_layers=1, tie_word_embeddings=False, max_position_embeddings=longest,

@@ -19,6 +19,7 @@ from specjax.interchange.folder import (
     refuse,
     section,
     verifier_section,
+    written_taps,
 )
 from specjax.interchange.head import head_tensors, layer_keys, read_geometry, read_head
 from specjax.models.target import Target
@@ -51,7 +52,7 @@ def write(definition: Eagle3, params, target: Target, verifier: str | None, dtyp
         "fc_norm": definition.fc_norm,
         "norm_output": definition.norm_output,
         "target_hidden_size": None,
-        _IDS: list(definition.taps),
+        _IDS: list(written_taps(definition)),
         "embed_requires_grad": False,
         "tie_word_embeddings": False,
         "torch_dtype": dtype,
