@@ -119,21 +119,22 @@ def read(folder, raw: dict[str, Any], target: Target):
     taps = layer_ids(raw, source, _IDS)
     if taps is None:
         refuse(source, _IDS, "missing")
-    definition = FastEagle.of(
-        target.config,
-        {
-            "draft_vocab_size": 0 if ids_W is None else len(ids_W),
-            "feature_layers": checked_taps(taps, target.config, source, _IDS),
-            "intermediate_size": layer.intermediate_size,
-            "num_heads": layer.num_heads,
-            "num_kv_heads": layer.num_kv_heads,
-            "num_layers": layer.num_layers,
-            "entry": raw.get("entry"),
-            "partial_alignment": flag(raw, source, "partial_alignment"),
-            "draft_depth": chosen.get("speculative_tokens") or 0,
-            "candidates": chosen.get("candidates") or 1,
-        },
-    )
+    fields = {
+        "draft_vocab_size": 0 if ids_W is None else len(ids_W),
+        "feature_layers": checked_taps(taps, target.config, source, _IDS),
+        "intermediate_size": layer.intermediate_size,
+        "num_heads": layer.num_heads,
+        "num_kv_heads": layer.num_kv_heads,
+        "num_layers": layer.num_layers,
+        "entry": raw.get("entry"),
+        "partial_alignment": flag(raw, source, "partial_alignment"),
+        "draft_depth": chosen.get("speculative_tokens") or 0,
+        "candidates": chosen.get("candidates") or 1,
+    }
+    try:
+        definition = FastEagle(target.config, **fields)
+    except ValueError as error:  # names the field, not the file
+        raise ValueError(f"{source}: {error}") from error
     params = _read_params(tensors, definition)
     if ids_W is not None:
         params["buffers"] = {"vocab_ids": ids_W}

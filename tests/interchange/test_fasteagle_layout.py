@@ -58,14 +58,9 @@ def test_round_trip(target, tmp_path, variant):
     assert jax.tree.structure(loaded.params) == jax.tree.structure(drafter.params)
     jax.tree.map(np.testing.assert_array_equal, loaded.params, drafter.params)
     one, two = drafter.definition, loaded.definition
-    assert (one.nodes, one.depth, one.taps, one.block) == (
-        two.nodes,
-        two.depth,
-        two.taps,
-        two.block,
-    )
-    for field in ("num_layers", "entry", "partial_alignment", "candidates", "draft_vocab_size"):
-        assert getattr(one, field) == getattr(two, field)
+    same = "num_layers entry partial_alignment candidates draft_vocab_size nodes depth taps block"
+    for field in same.split():
+        assert getattr(one, field) == getattr(two, field), field
     export_drafter(loaded, target, tmp_path / "two", "fasteagle", "a/b")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -144,10 +139,10 @@ def test_refusals_name_the_key(target, tmp_path):
     fails("hidden_size", raw | {"transformer_layer_config": layer | {"hidden_size": 32}})
     fails("rope_theta", raw | {"transformer_layer_config": layer | {"rope_theta": 2e4}})
     fails("layers.2", raw | {"transformer_layer_config": layer | {"num_hidden_layers": 3}})
-    fails("no place", raw | {"transformer_layer_config": layer | {"num_hidden_layers": 1}})
-    fails(
-        "g_norm.weight is missing", raw, {n: w for n, w in tensors.items() if n != "g_norm.weight"}
-    )
+    fails("draft_depth", raw | {"transformer_layer_config": layer | {"num_hidden_layers": 1}})
+    fails("lm_head.weight has no place", raw, tensors | {"lm_head.weight": tensors["fc.weight"]})
+    less = {name: w for name, w in tensors.items() if name != "g_norm.weight"}
+    fails("g_norm.weight is missing", raw, less)
     for format in ("eagle3", "speculators"):
         with pytest.raises(ValueError, match="family 'eagle3', not 'fasteagle'"):
             export_drafter(drafter, target, tmp_path / "out", format)
