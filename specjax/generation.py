@@ -14,7 +14,8 @@ import numpy as np
 from specjax import decoding
 from specjax.drafters import DRAFTERS, Drafter, Vanilla
 from specjax.files import write_safetensors, write_text
-from specjax.models.config import ModelConfig
+from specjax.interchange import import_drafter, is_foreign
+from specjax.models.config import ModelConfig, read_json
 from specjax.models.hf import WEIGHT_DTYPES, Checkpoint
 from specjax.models.target import Target
 from specjax.sampling import GREEDY, Sampling
@@ -151,23 +152,26 @@ def _beside(target: Target, drafter: TrainedDrafter) -> TrainedDrafter:
 
 
 def load_drafter(folder, target: Target) -> TrainedDrafter:
-    """Reads a drafter that `save` wrote.
+    """Reads a drafter that `save` wrote, or another program's EAGLE-3 head (`interchange`).
 
     Raises:
       FileNotFoundError: no such folder or file.
-      ValueError: damaged files, or a drafter made for another target.
+      ValueError: damaged files, a drafter made for another target, or a foreign head of a kind that
+        is not supported (names the key of its config).
     """
     path = pathlib.Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: missing; a drafter folder has one")
+    record = read_json(path)
+    if is_foreign(record):
+        return TrainedDrafter(*import_drafter(folder, record, target), target.fingerprint)
     try:
-        record = json.loads(path.read_text())
         name = record["algorithm"]
         fields = dict(record["drafter"])
         config = ModelConfig.of(fields.pop("target"))
         definition = _family(name).of(config, fields)
         fingerprint = record["target_fingerprint"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a drafter's config: {error!r}") from error
     if fingerprint != target.fingerprint:
         raise ValueError(

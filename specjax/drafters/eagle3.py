@@ -22,6 +22,7 @@ from specjax.drafters.features import (
     last_rows,
 )
 from specjax.drafters.proposals import KINDS, beam_step, draw_children, log_law
+from specjax.models.config import ModelConfig
 from specjax.models.transformer import head_VxD
 from specjax.sampling import argmax
 from specjax.trees import Topology, best_of_pool, branching, chain, tree_of
@@ -38,9 +39,19 @@ class Eagle3(FeatureDrafter):
     total_nodes: int = 0  # T, root included; 0 = depth + 1 for a chain, 4 * depth for a tree
     # Children of each node by level, when they are sampled (RSD-C); () = stochastic beam search
     branching: tuple[int, ...] = ()
+    # Variants of the head, by the names of their config keys elsewhere (docs/interchange.md)
+    fc_norm: bool = True  # an RMSNorm per tap before fc
+    norm_before_residual: bool = False  # the layer's residual is the normed g
+    norm_output: bool = False  # what the layer feeds back is normed
+    own_layer: ModelConfig | None = None  # geometry of an imported layer; overrides the fields'
 
     def __post_init__(self):
         super().__post_init__()
+        if self.block.hidden_size != self.target.hidden_size:
+            raise ValueError(
+                f"own_layer: hidden_size {self.block.hidden_size} must be the target's "
+                f"{self.target.hidden_size}"
+            )
         if self.steps < 1 or self.top_k < 1 or self.draft_depth < 0:
             raise ValueError("steps, top_k: at least 1; draft_depth: at least 0")
         pool = self.top_k + (self.depth - 1) * self.top_k**2
@@ -61,6 +72,10 @@ class Eagle3(FeatureDrafter):
         # Beam search draws without replacement; siblings drawn with it need a shape of their own.
         beam = ("top", "without_replacement", "chains")
         return KINDS if self.branching else beam
+
+    @property
+    def block(self) -> ModelConfig:
+        return self.own_layer or super().block
 
     @property
     def depth(self) -> int:
@@ -119,9 +134,11 @@ class Eagle3(FeatureDrafter):
         keys = jax.random.split(key, 2)
         D = self.target.hidden_size
         params = self.init_common(keys[0], target_params)
+        if not self.fc_norm:
+            del params["fc_norm"]
         x, mask = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
         rope = self.rope(jnp.zeros((1, 1), jnp.int32))
-        params["midlayer"] = MidLayer(self.block).init(keys[1], x, x, rope, mask)["params"]
+        params["midlayer"] = self._layer.init(keys[1], x, x, rope, mask)["params"]
         params["head"] = self.init_head(target_params, self.vocab_ids(params))
         return params
 
@@ -133,13 +150,20 @@ class Eagle3(FeatureDrafter):
     def head(self, params, target_params):
         return params["head"]
 
+    @property
+    def _layer(self):
+        return MidLayer(self.block, self.norm_before_residual)
+
+    def normed(self, params, hidden):
+        return hidden if self.norm_output else super().normed(params, hidden)
+
     def step(self, params, target_params, g, tokens, positions, mask, kv, start_B=None, chain=None):
-        """One pass of the layer over rows (g, embedding of tokens)."""
+        """One pass of the layer over rows (g, embedding of tokens): (what it feeds back, kv)."""
         e = jax.lax.stop_gradient(target_params["embed"])[tokens].astype(g.dtype)
-        middle = MidLayer(self.block)
-        return middle.apply(
+        x, kv = self._layer.apply(
             {"params": params["midlayer"]}, g, e, self.rope(positions), mask, kv, start_B, chain
         )
+        return super().normed(params, x) if self.norm_output else x, kv
 
     def forward_rows(self, params, target_params, taps, tokens, positions, mask, cache):
         g, kv = self.fuse(params, taps), (cache.k[0], cache.v[0])

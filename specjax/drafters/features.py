@@ -38,6 +38,7 @@ class MidLayer(nn.Module):
     """
 
     config: ModelConfig
+    norm_before_residual: bool = False  # the residual is norm(g)
 
     @nn.compact
     def __call__(self, g_BxTxD, e_BxTxD, rope, mask, kv=None, start_B=None, chain=None):
@@ -49,7 +50,7 @@ class MidLayer(nn.Module):
             c.qkv_bias, c.o_bias, c.qk_norm, name="attn",
         )  # fmt: skip
         y, kv = attention(jnp.concatenate([e, g], -1), rope, mask, kv, start_B, chain)
-        x = g_BxTxD + y
+        x = (g if self.norm_before_residual else g_BxTxD) + y
         x = x + MLP(c.intermediate_size, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x))
         return x, kv
 
@@ -147,9 +148,12 @@ class FeatureDrafter(LearnedDrafter):
 
         Residual streams grow by orders of magnitude over depth and between targets; one RMSNorm per
         tap (EAGLE-3.1's fc_norm) makes the drafter's own weights start at one scale everywhere.
+        Parameters without "fc_norm" fuse the taps as they are, as EAGLE-3 was released.
         """
+        if "fc_norm" not in params:
+            return linear(taps_BxTxM, params["fc"])
         B, T, M = taps_BxTxM.shape
-        norm = RMSNorm(self.target.rms_norm_eps)
+        norm = RMSNorm(self.block.rms_norm_eps)
         split = taps_BxTxM.reshape(B, T, len(self.taps), -1)
         normed = [
             norm.apply({"params": scale}, split[:, :, i])
@@ -177,7 +181,7 @@ class FeatureDrafter(LearnedDrafter):
         return params
 
     def normed(self, params, hidden):
-        return RMSNorm(self.target.rms_norm_eps).apply({"params": params["norm"]}, hidden)
+        return RMSNorm(self.block.rms_norm_eps).apply({"params": params["norm"]}, hidden)
 
 
 def last_rows(hidden_BxAxD, counts_B):

@@ -97,8 +97,13 @@ def layer_paths(config: ModelConfig) -> list[tuple[str, ...]]:
     return [path for path in LAYER_WEIGHTS if not absent & set(path)]
 
 
-def layer_shapes(config: ModelConfig, in_dim: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Checkpoint tensor shapes of one layer; `in_dim` widens q, k and v (drafters' first layer)."""
+def layer_shapes(
+    config: ModelConfig, in_dim: int | None = None, outputs: int = 1
+) -> dict[str, tuple[int, ...]]:
+    """Checkpoint tensor shapes of one layer.
+
+    `in_dim` widens q, k and v (drafters' first layer), `outputs` the MLP's end (see `layers.MLP`).
+    """
     D, F, K = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv, wide = config.num_heads * K, config.num_kv_heads * K, in_dim or config.hidden_size
     return {
@@ -116,7 +121,7 @@ def layer_shapes(config: ModelConfig, in_dim: int | None = None) -> dict[str, tu
         "post_attention_layernorm.weight": (D,),
         "mlp.gate_proj.weight": (F, D),
         "mlp.up_proj.weight": (F, D),
-        "mlp.down_proj.weight": (D, F),
+        "mlp.down_proj.weight": (outputs * D, F),
     }
 
 
@@ -170,9 +175,11 @@ class Checkpoint:
             )
         return array
 
-    def read_layer(self, prefix: str, config: ModelConfig, in_dim: int | None = None):
+    def read_layer(
+        self, prefix: str, config: ModelConfig, in_dim: int | None = None, outputs: int = 1
+    ):
         """One layer's parameter tree from the tensors below `prefix` (e.g. "model.layers.0.")."""
-        shapes, layer = layer_shapes(config, in_dim), {}
+        shapes, layer = layer_shapes(config, in_dim, outputs), {}
         for path in layer_paths(config):
             names, fuse, _ = LAYER_WEIGHTS[path]
             value = fuse(config, *(self.read(prefix + n, shapes[n]) for n in names))
