@@ -146,9 +146,14 @@ class DraftModel(LearnedDrafter):
         return empty_cache(self.model, batch, slots, dtype)
 
     def prefill(self, params, target_params, state, committed, context):
-        B, P = committed.tokens_BxA.shape
-        _, state = self._feed(params, state, context.tokens_BxS[:, :P], jnp.zeros(B, jnp.int32))
-        return state
+        begin_B = context.begin_B(committed)
+        rows_BxP = context.rows_BxA(begin_B, committed.tokens_BxA.shape[1])
+        _, state = self._feed(params, state, rows_BxP, begin_B)
+        return state.replace(lengths_B=self._final_B(context))
+
+    def _final_B(self, context):
+        """Committed rows that are final: all but those which the next round may feed again."""
+        return jnp.maximum(context.lengths_B - self.catch_up, 0)
 
     def _feed(self, params, cache: KVCache, tokens_BxT, start_B):
         """Runs tokens at slots start_B..: (final-normed hidden BxTxD, cache)."""
@@ -162,9 +167,8 @@ class DraftModel(LearnedDrafter):
     def draft(self, params, target_params, state, context, key):
         B, T, W = context.lengths_B.shape[0], self.nodes, self.catch_up
         root_at_B = context.lengths_B - 1
-        start_B = jnp.maximum(context.lengths_B - W, 0)  # a short text: rows past the root are junk
-        newest = jax.vmap(lambda row, n: jax.lax.dynamic_slice(row, (n,), (W,)))
-        hidden, cache = self._feed(params, state, newest(context.tokens_BxS, start_B), start_B)
+        start_B = self._final_B(context)  # in a short text, rows past the root are junk
+        hidden, cache = self._feed(params, state, context.rows_BxA(start_B, W), start_B)
         place_Bx1x1 = (root_at_B - start_B)[:, None, None]
         law_BxTxV = None
         if self.proposal.sampled:  # the deepest row has no children; its law is any
@@ -198,7 +202,6 @@ class DraftModel(LearnedDrafter):
                 (jnp.int32(1), draft),
             )
         tree = self.topology.draft(draft.tokens_BxT, draft.law_BxTxV)
-        # Committed rows that are final: all but those which the next round may feed again.
         return tree.replace(valid_T=draft.valid_BxT), draft.cache.replace(lengths_B=start_B)
 
     def _draw(self, params, target_params, draft: _Chain, level, keys_B) -> _Chain:
