@@ -37,7 +37,7 @@ Piece = tuple[str, int]
 """Text, and the draft depth that proposed it: 0 is the target's own."""
 
 _UNFINISHED = "\ufffd"
-_CONTEXT = 8  # tokens of a prompt that decide how the answer's first token reads
+_LONGEST = 4  # tokens of a character, at most: its bytes
 
 
 class Detokenizer:
@@ -53,9 +53,9 @@ class Detokenizer:
         """`context`: the tokens that the text continues."""
         self._tokenizer = tokenizer
         self._special = set(tokenizer.all_special_ids)
-        self._ids = list(context[-_CONTEXT:])
-        if self._text(self._ids).endswith(_UNFINISHED):
-            self._ids = []
+        # One character before the text decides how it begins; bytes of a torn one would not do.
+        tails = (list(context[-n:]) for n in range(1, min(_LONGEST, len(context)) + 1))
+        self._ids = next((ids for ids in tails if _UNFINISHED not in self._text(ids)), [])
         self._read = len(self._ids)  # of these, how many are told
 
     def _text(self, ids) -> str:
@@ -96,8 +96,6 @@ class Answer:
     """
 
     def __init__(self, conversation: "Conversation", ids: Sequence[int], max_new_tokens: int):
-        if int(max_new_tokens) != max_new_tokens or max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: {max_new_tokens} must be an integer >= 1")
         self.prompt = list(ids)
         self.request = conversation.turns
         self.tokens: list[int] = []
@@ -188,6 +186,8 @@ class Conversation:
         Raises:
           ValueError: an empty text, or one that leaves no room for an answer.
         """
+        if int(max_new_tokens) != max_new_tokens or max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: {max_new_tokens} must be an integer >= 1")
         self.compile(ids)
         self.answer = Answer(self, ids, max_new_tokens)
         self.turns += 1

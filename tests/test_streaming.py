@@ -76,7 +76,8 @@ def test_pieces_join_up_to_the_whole_text(tokenizer, text):
     # No character is told before it is whole, and none is kept waiting once it is.
     for n in range(len(ids) + 1):
         said, so_far = "".join(pieces[:n]), tokenizer.decode(ids[:n])
-        assert said == so_far.rstrip("\ufffd")
+        assert text.startswith(said)
+        assert "\ufffd" in so_far or said == so_far
 
 
 @pytest.mark.parametrize("text", TEXTS)
