@@ -46,7 +46,10 @@ _CHAT_TEMPLATE = flags.DEFINE_string(
     "none given: the tokenizer's own, where it has one",
 )
 _CONTEXT = flags.DEFINE_integer(
-    "context", 1024, "tokens that a conversation may have; every round reads them all", lower_bound=2
+    "context",
+    1024,
+    "tokens that a conversation may have; every round reads them all",
+    lower_bound=2,
 )
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "of the target")
 
@@ -56,6 +59,12 @@ PROMPT_LINES = 8  # of a prompt that is continued as it is, these last ones are 
 
 class Wrong(Exception):
     """A flag or an input that cannot be used; ends with status 2."""
+
+    @classmethod
+    def flag(cls, name: str, error) -> "Wrong":
+        """An error that names the flag, once."""
+        named = str(error).startswith(f"{name}:")
+        return cls(f"--{error}" if named else f"--{name}: {error}")
 
 
 # ---- conversations as token ids ------------------------------------------------------------------
@@ -120,7 +129,9 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def take_turn(screen, conversations: Sequence[Conversation], ids, max_new_tokens, before="") -> bool:
+def take_turn(
+    screen, conversations: Sequence[Conversation], ids, max_new_tokens, before=""
+) -> bool:
     """Decodes one answer by each and shows them; False where it was cut short.
 
     Raises ValueError for a text that leaves no room for an answer.
@@ -150,7 +161,7 @@ def agreement(answers: Sequence[Answer], exact: bool) -> str:
     pairs = zip(plain, drafted, strict=False)
     same = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(plain), len(drafted)))
     why = "a tie, or experiments.verify has something to find" if exact else "the rule is lossy"
-    return f"differs from vanilla's after {same} tokens: {why}"
+    return f"differs from vanilla's after {same} of {len(plain)} tokens: {why}"
 
 
 class Totals:
@@ -252,7 +263,7 @@ def read_flags() -> tuple[list[Conversation], Dialogue, str | None]:
         try:
             return call(*args, **kwargs)
         except (ValueError, OSError, ImportError) as error:
-            raise Wrong(f"--{flag}: {error}") from error
+            raise Wrong.flag(flag, error) from error
 
     try:
         sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
@@ -275,9 +286,7 @@ def read_flags() -> tuple[list[Conversation], Dialogue, str | None]:
     options = dict(seed=_SEED.value, capacity=_CONTEXT.value)
     if prompt is not None:
         options["capacity"] = len(dialogue.ids(prompt)) + _MAX_NEW_TOKENS.value
-    conversation = tried(
-        "rule", Conversation, target, drafter, sampling, _RULE.value, **options
-    )  # fmt: skip
+    conversation = tried("rule", Conversation, target, drafter, sampling, _RULE.value, **options)
     conversations = [conversation]
     if _COMPARE.value:  # with a cache of the same size, as every round reads all of it
         plain = Conversation(target, None, sampling, slots=conversation.slots, **options)
@@ -285,7 +294,7 @@ def read_flags() -> tuple[list[Conversation], Dialogue, str | None]:
     return conversations, dialogue, prompt
 
 
-def reader(screen) -> Callable[[], str]:
+def reader() -> Callable[[], str]:
     """Reads a line that a person types."""
     try:
         import readline  # noqa: F401, gives `input` line editing and history
@@ -305,11 +314,11 @@ def run() -> int:
     try:
         if prompt is not None:
             return answer_prompt(screen, conversations, dialogue, prompt, _MAX_NEW_TOKENS.value)
-        return converse(screen, conversations, dialogue, reader(screen), _MAX_NEW_TOKENS.value)
+        return converse(screen, conversations, dialogue, reader(), _MAX_NEW_TOKENS.value)
     except UnicodeDecodeError as error:
         raise Wrong(f"standard input: not UTF-8 at byte {error.start}") from error
     except ValueError as error:
-        raise Wrong(f"--prompt: {error}") from error
+        raise Wrong.flag("prompt", error) from error
 
 
 def main(argv):

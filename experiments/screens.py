@@ -51,8 +51,9 @@ def tokens_per_s(answers: Sequence[Answer]) -> float | None:
 def measures(
     name: str, answers: Sequence[Answer], vanilla: Sequence[Answer] | None = None
 ) -> list[str]:
-    """"fasteagle", "128 tokens", "412 tokens/s", "tau 2.41", "1.18x vanilla", as far as known."""
-    parts = [name, f"{sum(len(answer.tokens) for answer in answers)} tokens"]
+    """ "fasteagle", "128 tokens", "412 tokens/s", "tau 2.41", "1.18x vanilla", as far as known."""
+    tokens = sum(len(answer.tokens) for answer in answers)
+    parts = [name, f"{tokens} token{'s' * (tokens != 1)}"]
     speed, rounds = tokens_per_s(answers), tau(answers)
     if speed is not None:
         parts.append(f"{speed:.0f} tokens/s")

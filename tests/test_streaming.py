@@ -217,7 +217,7 @@ def test_only_what_is_new_is_run(target, drafter):
 
 
 def test_nothing_is_compiled_inside_a_bucket(target, drafter):
-    talk, ids = opened(target, drafter), [7, 9, 4]
+    talk, ids, earlier = opened(target, drafter), [7, 9, 4], None
     functions = (
         decoding.jit_round, decoding._extend_target, decoding._first_state, streaming._newest,
         decoding._prefill_target,
@@ -229,8 +229,8 @@ def test_nothing_is_compiled_inside_a_bucket(target, drafter):
         finished(answer)
         assert [f._cache_size() for f in functions] == warm  # the answer was timed without it
         if turn > 1:
-            assert warm == before
-        before, ids = warm, answer.prompt + answer.tokens + [turn] * (turn + 1)
+            assert warm == earlier
+        earlier, ids = warm, answer.prompt + answer.tokens + [turn] * (turn + 1)
 
 
 def test_turns_do_not_share_noise(target, drafter):
