@@ -272,6 +272,8 @@ def read_flags() -> tuple[list[Conversation], Dialogue, str | None]:
     prompt = _PROMPT.value
     if prompt is None and not sys.stdin.isatty():
         prompt = piped_prompt()
+        if not prompt:
+            raise Wrong("standard input: empty, a prompt expected (or give --prompt)")
     if prompt is not None:
         check_utf8("--prompt", prompt)
         if not prompt:
