@@ -261,10 +261,13 @@ def test_a_conversation_that_is_full_says_so_and_keeps_what_it_has(target, draft
         talk.ask([], 12)
 
 
-def test_what_a_drafter_learns_outlives_a_conversation(target):
+def test_what_a_drafter_learns_outlives_a_turn_and_a_conversation(target):
     learner = specjax.init_drafter("token_recycling", target, successors=3, tree_nodes=8)
     talk = opened(target, learner)
     first = finished(talk.ask([7, 9, 4], 30))
+    second = finished(talk.ask([7, 9, 4], 30))
+    assert second.tokens == first.tokens
+    assert len(second.accept_lengths) < len(first.accept_lengths)
     talk.clear()
     again = finished(talk.ask([7, 9, 4], 30))
     assert again.tokens == first.tokens and again.prefilled == 3
