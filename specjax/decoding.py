@@ -184,39 +184,63 @@ def laid_out(engine: Engine, state: DecodeState) -> DecodeState:
     return state if engine.layout is None else engine.layout.constrain(state)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 5))
-def _prefill_target(config: ModelConfig, taps, target, tokens_BxP, prompts_B, slots: int):
-    """The target over padded prompts: (cache, logits_BxV after each prompt, taps or None)."""
+def _run_prompt(config: ModelConfig, taps, target, cache: KVCache, tokens_BxP, counts_B):
+    """The target over padded rows behind the cache's: (cache, logits_BxV after the last, taps)."""
     B, P = tokens_BxP.shape
-    stacked = not isinstance(target["layers"], (list, tuple))
-    cache = empty_cache(config, B, slots, target["embed"].dtype, stacked=stacked)
-    mask = causal_cache_mask(cache.lengths_B, P, slots)
-    positions = jnp.broadcast_to(jnp.arange(P, dtype=jnp.int32), (B, P))
+    mask = causal_cache_mask(cache.lengths_B, P, cache.slots)
+    positions = cache.lengths_B[:, None] + jnp.arange(P, dtype=jnp.int32)
     with jax.named_scope("prefill"):
         out = forward(target, config, tokens_BxP, positions, mask, cache, taps)
-    last = jnp.take_along_axis(out.hidden_BxTxD, (prompts_B - 1)[:, None, None], axis=1)
+    last = jnp.take_along_axis(out.hidden_BxTxD, (counts_B - 1)[:, None, None], axis=1)
     return out.cache, logits_of(target, last)[:, 0], out.taps_BxTxM
 
 
-@functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=2)
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def _prefill_target(config: ModelConfig, taps, target, tokens_BxP, prompts_B, slots: int):
+    """The target over padded prompts: (cache, logits_BxV after each prompt, taps or None)."""
+    stacked = not isinstance(target["layers"], (list, tuple))
+    dtype, B = target["embed"].dtype, tokens_BxP.shape[0]
+    cache = empty_cache(config, B, slots, dtype, stacked=stacked)
+    return _run_prompt(config, taps, target, cache, tokens_BxP, prompts_B)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _extend_target(config: ModelConfig, taps, target, cache: KVCache, tokens_BxP, counts_B):
+    """The same on top of a cache that holds what comes before."""
+    return _run_prompt(config, taps, target, cache, tokens_BxP, counts_B)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 9), donate_argnums=(2, 10))
 def _first_state(
-    engine: Engine, params, cache, logits_BxV, taps, tokens_BxP, prompts_B, limits_B, keys_B, rounds
-) -> DecodeState:
-    """Draws the first new token and fills the drafter's state from the prompt."""
+    engine: Engine, params, cache, logits_BxV, taps, tokens_BxP, counts_B, limits_B, keys_B, rounds,
+    before=None,
+) -> DecodeState:  # fmt: skip
+    """Draws the first new token and fills the drafter's state from the prompt.
+
+    The cache's lengths say where in the text the rows of `tokens_BxP` begin. `before` is (drafter
+    state, tokens_BxS) where that is not the beginning.
+    """
     B, P = tokens_BxP.shape
-    target, slots = params["target"], cache.slots
+    target, slots, begin_B = params["target"], cache.slots, cache.lengths_B
+    if before is None:
+        drafter_state = engine.drafter.init_state(B, slots, target["embed"].dtype)
+        tokens_BxS = jnp.zeros((B, slots), jnp.int32)
+    else:
+        drafter_state, tokens_BxS = before
     # Rounds count from 1 here, so prefill's draw owns index 0 of the request's noise.
     first_keys = jax.vmap(lambda k: jax.random.fold_in(jax.random.fold_in(k, 0), 0))(keys_B)
     first_B = jax.vmap(lambda k, row: draw(k, row, engine.sampling))(first_keys, logits_BxV)
-    tokens_BxS = jnp.zeros((B, slots), jnp.int32).at[:, :P].set(tokens_BxP)
+    prompts_B = begin_B + counts_B
+    write = jax.vmap(lambda row, new, n: jax.lax.dynamic_update_slice(row, new, (n,)))
+    tokens_BxS = write(tokens_BxS, tokens_BxP, begin_B)
     tokens_BxS = jax.vmap(lambda row, n, t: row.at[n].set(t))(tokens_BxS, prompts_B, first_B)
     following = jnp.pad(tokens_BxP[:, 1:], ((0, 0), (0, 1)))  # row p's next token
-    following = jax.vmap(lambda row, n, t: row.at[n - 1].set(t))(following, prompts_B, first_B)
+    following = jax.vmap(lambda row, n, t: row.at[n - 1].set(t))(following, counts_B, first_B)
     drafter_state = engine.drafter.prefill(
         params["drafter"],
         target,
-        engine.drafter.init_state(B, slots, target["embed"].dtype),
-        Committed(following, taps, prompts_B),
+        drafter_state,
+        Committed(following, taps, counts_B),
         Context(tokens_BxS, prompts_B + 1),
     )
     ones = jnp.ones(B, jnp.int32)
@@ -255,6 +279,31 @@ def prefill(engine: Engine, params, tokens_BxP, prompts_B, limits_B, keys_B, slo
     return _first_state(
         engine, params, cache, logits_BxV, taps, tokens_BxP, prompts_B, limits_B, keys_B, rounds
     )
+
+
+def extend(
+    engine: Engine, params, state: DecodeState, tokens_BxP, begin_B, counts_B, limits_B, keys_B
+) -> DecodeState:
+    """Goes on with more text after a decoded state, which it consumes: the next turn's prompt.
+
+    The text is the state's own up to `begin_B`, then these rows. The caches keep what comes before;
+    nothing after it is read, so the text may also part from what was decoded.
+
+    Args:
+      tokens_BxP: the rows, padded on the right to a bucket.
+      begin_B: where in the text they begin, at most the committed tokens - depth - 2: a drafter's
+        state may not hold the last round's tokens yet. begin + P must not exceed the slots.
+      counts_B: how many rows count (>= 1).
+      limits_B, keys_B: as in `prefill`.
+    """
+    cache, logits_BxV, taps = _extend_target(
+        engine.config, engine.drafter.taps, params["target"],
+        state.cache.replace(lengths_B=begin_B), tokens_BxP, counts_B,
+    )  # fmt: skip
+    return _first_state(
+        engine, params, cache, logits_BxV, taps, tokens_BxP, counts_B, limits_B, keys_B,
+        state.emitted_BxR.shape[1] - 1, (state.drafter, state.tokens_BxS),
+    )  # fmt: skip
 
 
 # ---- the two drivers -----------------------------------------------------------------------------

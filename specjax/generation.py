@@ -320,6 +320,56 @@ def start(
     )  # fmt: skip
 
 
+def overlap(engine, state, prompts: list[list[int]]) -> tuple[np.ndarray, int]:
+    """(begin_B, P): where `resume` starts to run each text anew, and how many rows it pads to."""
+    texts, lengths = (np.array(x) for x in (state.tokens_BxS, state.lengths_B))
+    slots, begin = state.cache.slots, []
+    for prompt, text, length in zip(prompts, texts, lengths, strict=True):
+        same = min(len(prompt), length)
+        same = int(np.argmin(np.append(text[:same] == prompt[:same], False)))
+        # The root and the last round's tokens may not be in all caches yet.
+        begin.append(max(0, min(same - 1, length - 2 - engine.drafter.depth)))
+    longest = max(len(p) - n for p, n in zip(prompts, begin, strict=True))
+    width = min(bucket(longest), slots)
+    return np.minimum(begin, slots - width).astype(np.int32), width
+
+
+def room(engine, slots: int) -> int:
+    """Tokens, prompt and answers, that fit a cache of `slots` and the target's context."""
+    return min(slots - engine.scratch, engine.config.max_position_embeddings)
+
+
+def resume(
+    engine,
+    params,
+    state: decoding.DecodeState,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    seed: int = 0,
+    first_request: int = 0,
+) -> decoding.DecodeState:
+    """Prefills longer texts on top of a decoded state, which it consumes.
+
+    What a text has in common with its row's tokens stays in the caches and is not run again, but
+    for the last round's tokens: a conversation costs its new text only.
+
+    Raises:
+      ValueError: a text that leaves no room for an answer; the state is then untouched.
+    """
+    lengths, most = np.array([len(p) for p in prompts]), room(engine, state.cache.slots)
+    if lengths.max() >= most:
+        i = int(lengths.argmax())
+        raise ValueError(f"prompts[{i}]: {lengths[i]} tokens do not fit a cache of {most}")
+    begin_B, width = overlap(engine, state, prompts)
+    rows = pad_to_bucket([p[n:] for p, n in zip(prompts, begin_B, strict=True)])[:, :width]
+    limits = np.minimum(max_new_tokens, most - lengths)
+    return decoding.extend(
+        engine, params, state, *map(jnp.asarray, (rows, begin_B)),
+        *(jnp.asarray(x, jnp.int32) for x in (lengths - begin_B, limits)),
+        request_keys(seed, len(prompts), first_request),
+    )  # fmt: skip
+
+
 def collect(state) -> tuple[list[list[int]], list[list[int]]]:
     """(new tokens, accept lengths) of a finished state."""
     tokens, lengths, prompts, emitted = fetch(

@@ -33,6 +33,15 @@ class Context:
     tokens_BxS: jax.Array  # int32
     lengths_B: jax.Array  # int32 committed tokens, root included
 
+    def begin_B(self, committed: Committed):
+        """Where in the text the rows begin that have just been committed."""
+        return self.lengths_B - 1 - committed.counts_B
+
+    def rows_BxA(self, begin_B, A: int):
+        """A tokens of each text from `begin_B` on."""
+        cut = jax.vmap(lambda tokens, n: jax.lax.dynamic_slice(tokens, (n,), (A,)))
+        return cut(self.tokens_BxS, begin_B)
+
     def root_B(self):
         """The newest committed token of each row."""
         return jax.vmap(lambda tokens, n: tokens[n - 1])(self.tokens_BxS, self.lengths_B)
@@ -125,7 +134,12 @@ class Drafter:
         return ()
 
     def prefill(self, params, target_params, state, committed: Committed, context: Context) -> Any:
-        """Absorbs the prompt: A = padded prompt length, counts_B the prompts' lengths."""
+        """Absorbs a prompt: A = its padded length, counts_B its true one.
+
+        In a conversation's later turns the rows begin inside the text (`context.begin_B`) and
+        replace all that the state holds from there on. The rows of the last round are always among
+        them, so a state may take those in as late as it likes.
+        """
         return state
 
     def draft(self, params, target_params, state, context: Context, key) -> tuple[DraftTree, Any]:

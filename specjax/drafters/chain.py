@@ -99,10 +99,14 @@ class ChainDrafter(LearnedDrafter):
     # ---- drafting --------------------------------------------------------------------------------
 
     def prefill(self, params, target_params, state, committed, context):
-        B, P = committed.tokens_BxA.shape
-        tokens_BxP, start_B = context.tokens_BxS[:, :P], jnp.zeros(B, jnp.int32)
-        _, state = self._feed(params, target_params, state, tokens_BxP, start_B)
-        return state
+        begin_B = context.begin_B(committed)
+        rows_BxP = context.rows_BxA(begin_B, committed.tokens_BxA.shape[1])
+        _, state = self._feed(params, target_params, state, rows_BxP, begin_B)
+        return state.replace(lengths_B=self._final_B(context))
+
+    def _final_B(self, context):
+        """Committed rows that are final: all but those which the next round may feed again."""
+        return jnp.maximum(context.lengths_B - self.catch_up, 0)
 
     def _feed(self, params, target_params, cache: KVCache, tokens_BxT, start_B):
         """Runs tokens at slots start_B..: (states BxTxD, cache)."""
@@ -115,9 +119,8 @@ class ChainDrafter(LearnedDrafter):
     def draft(self, params, target_params, state, context, key):
         B, T, W = context.lengths_B.shape[0], self.nodes, self.catch_up
         root_at_B = context.lengths_B - 1
-        start_B = jnp.maximum(context.lengths_B - W, 0)  # a short text: rows past the root are junk
-        newest = jax.vmap(lambda row, n: jax.lax.dynamic_slice(row, (n,), (W,)))
-        tokens_BxW = newest(context.tokens_BxS, start_B)
+        start_B = self._final_B(context)  # in a short text, rows past the root are junk
+        tokens_BxW = context.rows_BxA(start_B, W)
         hidden, cache = self._feed(params, target_params, state, tokens_BxW, start_B)
         place_Bx1x1 = (root_at_B - start_B)[:, None, None]
         law_BxTxV = None

@@ -117,7 +117,9 @@ class FeatureDrafter(LearnedDrafter):
 
     def prefill(self, params, target_params, state, committed, context) -> FeatureState:
         B, P = committed.tokens_BxA.shape
-        _, cache = self.extend(params, target_params, state.cache, committed)
+        begin_B = context.begin_B(committed)
+        cache = state.cache.replace(lengths_B=begin_B)
+        _, cache = self.extend(params, target_params, cache, committed)
         # The prompt's last row stays pending: the first draft reads out there.
         last_B = committed.counts_B - 1
         pick = jax.vmap(lambda rows, i: jax.lax.dynamic_slice_in_dim(rows, i, 1))
@@ -126,7 +128,7 @@ class FeatureDrafter(LearnedDrafter):
             taps_BxAxM=state.pending.taps_BxAxM.at[:, :1].set(pick(committed.taps_BxAxM, last_B)),
             counts_B=jnp.ones(B, jnp.int32),
         )
-        return FeatureState(cache.replace(lengths_B=last_B), pending)
+        return FeatureState(cache.replace(lengths_B=begin_B + last_B), pending)
 
     def absorb(self, params, state, committed: Committed, tree, scored) -> FeatureState:
         return state.replace(pending=committed)

@@ -74,10 +74,14 @@ class TokenRecycling(Drafter):
 
     def prefill(self, params, target_params, state, committed, context) -> Successors:
         B, P = committed.tokens_BxA.shape
-        adjacency_Vxk = params["buffers"]["adjacency"]
-        adjacency_BxVxk = jnp.broadcast_to(adjacency_Vxk, (B, *adjacency_Vxk.shape))
+        if isinstance(state, Successors):  # what earlier turns have taught stays
+            adjacency_BxVxk = state.adjacency_BxVxk
+        else:
+            adjacency_Vxk = params["buffers"]["adjacency"]
+            adjacency_BxVxk = jnp.broadcast_to(adjacency_Vxk, (B, *adjacency_Vxk.shape))
         if self.warm:
-            pairs = context.tokens_BxS[:, :P], committed.tokens_BxA, committed.counts_B
+            tokens_BxP = context.rows_BxA(context.begin_B(committed), P)
+            pairs = tokens_BxP, committed.tokens_BxA, committed.counts_B
             adjacency_BxVxk = jax.vmap(_recycle_pairs)(adjacency_BxVxk, *pairs)
         return Successors(adjacency_BxVxk)
 

@@ -11,9 +11,7 @@ from specjax.evaluation import figures
 from specjax.evaluation.records import VANILLA
 from specjax.evaluation.tables import COLUMNS, count, setting, shown_columns
 from specjax.files import write_text
-
-SHADES = 8
-"""Draft depths with a shade of their own; deeper ones share the last."""
+from specjax.shades import SHADE_RGB, SHADES, opacity, shade
 
 
 def write_report(
@@ -198,7 +196,7 @@ def _grid(parts: Sequence[str]) -> str:
 def _samples(samples: Sequence[dict]) -> str:
     if not samples:
         return ""
-    depths = [_shade(depth) for sample in samples for _, depth in sample["pieces"]]
+    depths = [shade(depth) for sample in samples for _, depth in sample["pieces"]]
     swatches = "".join(_piece(f"depth {n}", n) for n in range(1, max(depths, default=0) + 1))
     legend = f'<p class="legend"><span>the target\'s own token</span>{swatches}</p>'
     return legend + "".join(_sample(sample) for sample in samples)
@@ -216,11 +214,7 @@ def _sample(sample: dict) -> str:
 def _piece(text: str, depth: int) -> str:
     if depth < 1:
         return escape(text)
-    return f'<mark class="d{_shade(depth)}" title="draft depth {depth}">{escape(text)}</mark>'
-
-
-def _shade(depth: int) -> int:
-    return max(0, min(int(depth), SHADES))
+    return f'<mark class="d{shade(depth)}" title="draft depth {depth}">{escape(text)}</mark>'
 
 
 _DEFINITIONS = """
@@ -295,7 +289,7 @@ footer { font-size: .9rem; }
   dd { margin-bottom: .6rem; }
 }
 """ + "\n".join(
-    f".d{depth} {{ background: rgb(74 143 220 / {0.1 + 0.065 * depth:.2f}); }}"
+    f".d{depth} {{ background: rgb({' '.join(map(str, SHADE_RGB))} / {opacity(depth):.2f}); }}"
     for depth in range(1, SHADES + 1)
 )
 

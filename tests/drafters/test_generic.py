@@ -25,7 +25,7 @@ import specjax
 from specjax import decoding
 from specjax.cache import KVCache
 from specjax.drafters.features import FeatureState
-from specjax.generation import make_engine
+from specjax.generation import make_engine, resume
 from specjax.models.hf import Checkpoint
 from specjax.models.transformer import forward
 from specjax.sampling import Sampling
@@ -274,6 +274,58 @@ def test_rounds_that_are_done_change_nothing(case):
     assert len(record) == 2
     assert new_tokens(record[-1]) == [tokens[:1] for tokens in new_tokens(case.final)]
     assert emitted(record[-1]) == [[]] * len(PROMPTS)
+
+
+# ---- conversations -------------------------------------------------------------------------------
+
+TURNS = [[3, 7], [5], [8, 0, 1], [2, 2, 6, 10]]
+
+
+def fed(target, texts, count):
+    """What plain greedy decoding adds to texts within `count` tokens, up to the stop tokens."""
+    return [truncated(e, count, STOPS) for e in greedy_continuations(target, texts, count)]
+
+
+def assert_rows_equal(state, fresh):
+    """Target and drafter caches hold the same committed rows."""
+    pairs = zip(
+        [state.cache, *drafter_caches(state)], [fresh.cache, *drafter_caches(fresh)], strict=True
+    )
+    for ours, theirs in pairs:
+        np.testing.assert_array_equal(ours.lengths_B, theirs.lengths_B)
+        rows = zip(committed_rows(ours), committed_rows(theirs), strict=True)
+        for (b, was, n), (_, again, _) in rows:
+            np.testing.assert_allclose(was[b, :, :n], again[b, :, :n], atol=1e-5)
+    if isinstance(state.drafter, FeatureState):  # one row is pending, the prompt's last
+        ours, theirs = state.drafter.pending, fresh.drafter.pending
+        np.testing.assert_array_equal(ours.counts_B, 1)
+        np.testing.assert_array_equal(ours.tokens_BxA[:, 0], theirs.tokens_BxA[:, 0])
+        np.testing.assert_allclose(ours.taps_BxAxM[:, 0], theirs.taps_BxAxM[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("parting", [False, True], ids=["goes on", "parts"])
+def test_a_continued_state_is_one_prefilled_from_scratch(case, target, parting):
+    """Two more turns on one state, cut short before its end: text is added to all of what was
+    decoded, or to a part of it that the rest is then no part of.
+    """
+    engine, params = case.engine, case.params
+    state = case.prefill(PROMPTS, LIMITS)
+    for _ in range(3):
+        state = decoding.jit_round(engine, params, state)
+    for turn in range(2):
+        host = jax.device_get(state.replace(keys_B=None))
+        said = [row[:n].tolist() for row, n in zip(host.tokens_BxS, host.lengths_B, strict=True)]
+        if parting:
+            said = [text[: len(text) - b - turn] for b, text in enumerate(said)]
+        texts = [[*text, *more] for text, more in zip(said, TURNS[turn:] + TURNS, strict=False)]
+        state = resume(engine, params, state, texts, 7, seed=turn)
+        fresh = case.prefill(texts, 7)
+        ours, theirs = (jax.device_get(s.replace(keys_B=None)) for s in (state, fresh))
+        assert_rows_equal(ours, theirs)
+        for name in ("lengths_B", "prompts_B", "limits_B", "done_B", "rounds_B"):
+            np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+        state = decoding.run_host(engine, params, state)
+        assert new_tokens(jax.device_get(state.replace(keys_B=None))) == fed(target, texts, 7)
 
 
 # ---- folders -------------------------------------------------------------------------------------
