@@ -1,0 +1,73 @@
+"""Which fields to change when a run does not fit: every change named was tried on paper."""
+
+from collections.abc import Callable, Iterator
+
+from specjax.planning.estimate import Estimate
+
+ROUNDS = 6
+
+
+def candidates(config, mesh) -> Iterator[dict]:
+    """Changes worth trying, as {field: value}; each leaves the result of the run as it is, or says
+    less of it at a time, but for the last two, which change the recipe."""
+    data, fsdp, tensor = mesh
+    for shape in ((data // 2, fsdp, tensor * 2), (data // 2, fsdp * 2, tensor)):
+        if data % 2 == 0:
+            yield {"mesh": shape}
+    if fsdp % 2 == 0:
+        yield {"mesh": (data, fsdp // 2, tensor * 2)}
+    if config.target.dtype == "float32":
+        yield {"target.dtype": "bfloat16"}
+    yield {"target.scan_layers": not config.target.scan_layers}
+    length, chunk = config.data.length, config.train.loss.chunk
+    for size in (256, 128, 64, 32):
+        if length % size == 0 and (not chunk or size < chunk):
+            yield {"train.loss.chunk": size}
+            break
+    for field in ("data.batch", "eval.batch"):
+        part, name = field.split(".")
+        if config[part][name] > 1:
+            yield {field: config[part][name] // 2}
+    if config.train.batch_size % 2 == 0:
+        yield {"train.batch_size": config.train.batch_size // 2}
+    if length % 2 == 0 and length > 256:
+        yield {"data.length": length // 2}
+
+
+def changed(config, changes: dict):
+    """A copy of a config with some fields changed."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update_from_flattened_dict(changes)
+    return config
+
+
+def advise(
+    config, found: Estimate, run: Callable[[object], Estimate]
+) -> tuple[dict, Estimate, list[tuple[dict, int]]]:
+    """(changes that together make it fit or come nearest, the estimate with them, what each single
+    step took off the peak, in bytes).
+
+    One change at a time, always the one after which the peak is lowest.
+
+    Args:
+      run: the estimate of another config; ValueError where it cannot be run.
+    """
+    changes: dict = {}
+    steps: list[tuple[dict, int]] = []
+    for _ in range(ROUNDS):
+        if found.fits:
+            break
+        best = None
+        for change in candidates(changed(config, changes), found.mesh):
+            try:
+                tried = run(changed(config, changes | change))
+            except ValueError:
+                continue
+            if tried.peak < (best[1] if best else found).peak:
+                best = change, tried
+        if best is None:
+            break
+        steps.append((best[0], found.peak - best[1].peak))
+        changes, found = changes | best[0], best[1]
+    return changes, found, steps
