@@ -7,31 +7,32 @@ from specjax.planning.estimate import Estimate
 ROUNDS = 6
 
 
-def candidates(config, mesh) -> Iterator[dict]:
-    """Changes worth trying, as {field: value}; each leaves the result of the run as it is, or says
-    less of it at a time, but for the last two, which change the recipe."""
-    data, fsdp, tensor = mesh
-    for shape in ((data // 2, fsdp, tensor * 2), (data // 2, fsdp * 2, tensor)):
-        if data % 2 == 0:
-            yield {"mesh": shape}
+def candidates(config, found: Estimate) -> Iterator[dict]:
+    """Changes that could shrink the largest stage, as {field: value}, the recipe's own last."""
+    data, fsdp, tensor = found.mesh
+    if data % 2 == 0:
+        yield {"mesh": (data // 2, fsdp, tensor * 2)}
+        yield {"mesh": (data // 2, fsdp * 2, tensor)}
     if fsdp % 2 == 0:
         yield {"mesh": (data, fsdp // 2, tensor * 2)}
     if config.target.dtype == "float32":
         yield {"target.dtype": "bfloat16"}
-    yield {"target.scan_layers": not config.target.scan_layers}
-    length, chunk = config.data.length, config.train.loss.chunk
-    for size in (256, 128, 64, 32):
-        if length % size == 0 and (not chunk or size < chunk):
-            yield {"train.loss.chunk": size}
-            break
-    for field in ("data.batch", "eval.batch"):
+    if found.worst in ("load", "regenerate", "decode"):
+        yield {"target.scan_layers": not config.target.scan_layers}
+    field = {"regenerate": "data.batch", "decode": "eval.batch"}.get(found.worst)
+    if field:
         part, name = field.split(".")
         if config[part][name] > 1:
             yield {field: config[part][name] // 2}
-    if config.train.batch_size % 2 == 0:
-        yield {"train.batch_size": config.train.batch_size // 2}
-    if length % 2 == 0 and length > 256:
-        yield {"data.length": length // 2}
+    if found.worst == "train":
+        length, chunk = config.data.length, config.train.loss.chunk
+        smaller = [s for s in (256, 128, 64) if length % s == 0 and (not chunk or s < chunk)]
+        for value in smaller[:1]:
+            yield {"train.loss.chunk": value}
+        if config.train.batch_size % 2 == 0:
+            yield {"train.batch_size": config.train.batch_size // 2}
+        if length % 2 == 0 and length > 256:
+            yield {"data.length": length // 2}
 
 
 def changed(config, changes: dict):
@@ -59,7 +60,7 @@ def advise(
         if found.fits:
             break
         best = None
-        for change in candidates(changed(config, changes), found.mesh):
+        for change in candidates(changed(config, changes), found):
             try:
                 tried = run(changed(config, changes | change))
             except ValueError:

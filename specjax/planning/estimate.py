@@ -18,7 +18,7 @@ from specjax.planning.programs import (
     state_shapes,
     training_step,
 )
-from specjax.planning.roofline import Time, all_gather, all_reduce, roofline
+from specjax.planning.roofline import Time, all_reduce, roofline
 from specjax.sampling import GREEDY, Sampling
 from specjax.training.objective import make_objective
 from specjax.training.optimizers import make_optimizer
@@ -112,6 +112,12 @@ class Estimate:
         return max(self.stages.values())
 
     @property
+    def worst(self) -> str:
+        """The first word of the largest stage: what has to shrink."""
+        stages = self.stages
+        return max(stages, key=lambda name: stages[name]).split()[0]
+
+    @property
     def fits(self) -> bool:
         """Whether every stage fits the chip."""
         return self.peak <= self.chip.memory
@@ -187,12 +193,17 @@ def estimate(config: ConfigDict, target, contenders, mesh, chip: Accelerator) ->
 
 
 def _forward_sends(model: Model, rows: int) -> float:
-    """Bytes a device sends in one forward of the target: two sums a layer over "tensor", and over
-    "fsdp" every kernel gathered."""
-    shape, config = model.mesh.shape, model.config
-    activations = rows * config.hidden_size * shards.itemsize(model.dtype)
-    sums = 2 * config.num_layers * all_reduce(activations, shape["tensor"])
-    return sums + all_gather(shards.whole_bytes(model.params_here), shape["fsdp"])
+    """Bytes a device sends in one forward of the target over `rows` rows.
+
+    Over "tensor" two sums a layer, over "fsdp" the partial products of the two kernels that read
+    the residual stream.
+    """
+    shape, here, width = model.mesh.shape, model.here, shards.itemsize(model.dtype)
+    stream = rows * here.hidden_size * width
+    heads = here.num_heads + 2 * here.num_kv_heads
+    inner = rows * (heads * here.head_dim + 2 * here.intermediate_size) * width
+    sums = 2 * all_reduce(stream, shape["tensor"]) + all_reduce(inner, shape["fsdp"])
+    return here.num_layers * sums
 
 
 def _method(config, model: Model, c: Contender, request, slots, sampling, rule, chip) -> Method:
@@ -224,9 +235,8 @@ def _training(config, model: Model, c: Contender, whole, chip) -> tuple[Training
     weights = shards.device_bytes(mesh, whole)
     peak = max(first.peak, gradients + second.peak)
     alive = first.alive if first.peak >= gradients + second.peak else second.alive
-    rows = shards.batch_share(mesh, cfg.batch_size) * config.data.length
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    sends = _forward_sends(model, rows) + all_reduce(gradients, ways)
+    rows = cfg.batch_size // mesh.shape["data"] * config.data.length
+    sends = _forward_sends(model, rows) + all_reduce(gradients, mesh.shape["data"])
     training = Training(
         weights=weights,
         optimizer=shards.device_bytes(mesh, state) - weights,

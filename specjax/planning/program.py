@@ -61,8 +61,12 @@ class Needs:
 
     peak: int  # bytes of temporaries
     alive: tuple[tuple[str, int], ...]  # at the peak: (what, bytes), the largest first
-    flops: Counter  # operand dtype -> operations of matrix products
+    flops: dict[str, float]  # operand dtype -> operations of matrix products
     traffic: float  # bytes read and written
+
+    def over(self, ways: int) -> "Needs":
+        """The same with every matrix product's contraction split among `ways` devices."""
+        return dataclasses.replace(self, flops={k: v / ways for k, v in self.flops.items()})
 
 
 class _Op:

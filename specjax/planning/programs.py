@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections import Counter
+import json
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,13 @@ from specjax.training.objective import drafter_loss, make_objective
 from specjax.training.optimizers import make_optimizer
 from specjax.training.state import TrainState, one_gradient
 from specjax.verification import get_rule
+
+STEP_FIELDS = (
+    "steps",
+    "batch_size",
+    "optimizer",
+    "loss",
+)  # of config.train: what a step depends on
 
 
 def key_shape():
@@ -45,7 +52,7 @@ def batch_shapes(batch: int, length: int) -> dict:
     }
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True)
 class Model:
     """The target: what it is, and what one device holds and computes with."""
 
@@ -71,7 +78,18 @@ class Model:
 
 
 def training_step(model: Model, definition: Drafter, cfg: ConfigDict, length: int):
-    """(needs of the gradient, of the update, bytes of gradients and of the state on a device)."""
+    """(needs of the gradient, of the update, bytes of gradients on a device).
+
+    Raises:
+      ValueError: the mesh does not divide the batch, or the objective cannot be had.
+    """
+    recipe = {k: v for k, v in cfg.to_dict().items() if k in STEP_FIELDS}
+    return _training_step(model, definition, json.dumps(recipe, sort_keys=True), length)
+
+
+@functools.lru_cache(maxsize=256)
+def _training_step(model: Model, definition: Drafter, recipe: str, length: int):
+    cfg = ConfigDict(json.loads(recipe))
     objective = make_objective(cfg.loss, cfg.steps)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, objective.deepkd)
     whole, _ = shards.drafter_shapes(definition, model.params)
@@ -88,7 +106,8 @@ def training_step(model: Model, definition: Drafter, cfg: ConfigDict, length: in
         loss, grads, metrics = differentiate(loss, params)
         return grads, loss, metrics
 
-    batch = batch_shapes(shards.batch_share(model.mesh, cfg.batch_size), length)
+    shards.batch_share(model.mesh, cfg.batch_size)  # refused here if it does not divide
+    batch = batch_shapes(cfg.batch_size // model.mesh.shape["data"], length)
     args = params, frozen, batch, _int32()
     held = shards.shard_shapes(model.mesh, whole)
     streams = objective.streams
@@ -108,7 +127,7 @@ def training_step(model: Model, definition: Drafter, cfg: ConfigDict, length: in
             state.step + 1, optax.apply_updates(state.params, updates), opt_state
         ), optax.global_norm(grads)
 
-    first = trace(gradient, *args, out_bytes=sizes)
+    first = trace(gradient, *args, out_bytes=sizes).over(model.mesh.shape["fsdp"])
     second = trace(update, state, grads, donate=(0, 1))
     return first, second, sum(sizes)
 
@@ -167,6 +186,7 @@ def decode_state(engine, params, request: Request, slots: int):
     )
 
 
+@functools.lru_cache(maxsize=256)
 def decode(model: Model, definition: Drafter | None, request: Request, slots: int, sampling, rule):
     """What decoding a batch takes on one device, the batch whole and the heads its share of them.
 
@@ -190,5 +210,5 @@ def decode(model: Model, definition: Drafter | None, request: Request, slots: in
 
     first = trace(fill, params["target"], _int32(B, P), _int32(B))
     step = trace(functools.partial(decoding.round, engine), params, state, donate=(1,))
-    caches = shards.whole_bytes((state.cache.k, state.cache.v))
-    return Decoding(first, step, caches, shards.whole_bytes(state.drafter))
+    caches, ways = shards.whole_bytes((state.cache.k, state.cache.v)), model.mesh.shape["fsdp"]
+    return Decoding(first.over(ways), step.over(ways), caches, shards.whole_bytes(state.drafter))

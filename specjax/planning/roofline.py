@@ -40,8 +40,3 @@ def roofline(chip: Accelerator, *programs: Needs, link_bytes: float = 0.0) -> Ti
 def all_reduce(size: float, ways: int) -> float:
     """Bytes that each of `ways` devices sends to sum arrays of `size` bytes on a ring."""
     return 2.0 * size * (ways - 1) / ways
-
-
-def all_gather(size: float, ways: int) -> float:
-    """Bytes that each of `ways` devices sends to hold a whole of `size` bytes."""
-    return size * (ways - 1) / ways

@@ -1,8 +1,10 @@
 """Shapes and their shares: who holds what, by the rules that place the parameters.
 
 A device runs the whole program at the shapes of its shard. Tensor parallelism splits key/value
-heads, MLP width and vocabulary, so the program of one device is that of a model with fewer of them;
-the batch is split over "data" and "fsdp"; kernels split over "fsdp" are gathered when they are used.
+heads, MLP width and vocabulary, so the program of one device is that of a model with fewer of them.
+Rows of a training batch are split over "data". Over "fsdp" parameters and their gradients are split
+and so is the sum inside each matrix product, but not the arrays that it returns: with kernels split
+on their input side, XLA adds up partial products rather than gather kernels.
 """
 
 import dataclasses

@@ -99,8 +99,11 @@ def show_advice(found: Estimate, changes: dict, after: Estimate, steps: Iterable
         flag = f"--config.{field}={value}"
         console.print(f"  {flag}: {size(saved)} less at the peak")
     verdict = "it fits" if after.fits else "still too large"
-    console.print(f"With {len(changes)} of them: {size(after.peak)} of {size(found.chip.memory)}, "
-                  f"{verdict}." if changes else "No field tried here makes it smaller.")  # fmt: skip
+    if not changes:
+        console.print("No field tried here makes it smaller.")
+        return
+    fields = ", ".join(changes)
+    console.print(f"With {fields}: {size(after.peak)} of {size(found.chip.memory)}, {verdict}.")
 
 
 def show_compiled(rows: Iterable[tuple[str, int, int]], file=None):
