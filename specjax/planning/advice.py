@@ -49,7 +49,7 @@ def advise(
     """(changes that together make it fit or come nearest, the estimate with them, what each single
     step took off the peak, in bytes).
 
-    One change at a time, always the one after which the peak is lowest.
+    One change at a time: the first that makes it fit, else the one after which the peak is lowest.
 
     Args:
       run: the estimate of another config; ValueError where it cannot be run.
@@ -67,6 +67,8 @@ def advise(
                 continue
             if tried.peak < (best[1] if best else found).peak:
                 best = change, tried
+                if tried.fits:
+                    break
         if best is None:
             break
         steps.append((best[0], found.peak - best[1].peak))

@@ -8,9 +8,9 @@ XLA does with it:
 * An array exists for every result of a matrix product, a reduction, a gather, a loop; for whatever
   a matrix product or a loop reads; and for exponentials and their kind that are read more than
   once, which are not computed twice.
-* Operations run depth first from the results, as XLA orders them on a CPU. An array lives from its operation to the
-  last one that reads it, directly or through what was fused. An elementwise result or an update of
-  a slice takes the place of an array of its size that is read for the last time.
+* Operations run depth first from the results, as XLA orders them on a CPU. An array lives from its
+  operation to the last one that reads it, directly or through what was fused. An elementwise result
+  or an update of a slice takes the place of an array of its size that is read for the last time.
 * A loop holds what it carries and what it stacks, and its body's own peak once; a body reads the
   slices of what it runs over one at a time.
 """
