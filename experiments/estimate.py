@@ -90,6 +90,7 @@ def main(argv):
         raise app.UsageError(str(error)) from error
     show(config, found)
     if not found.fits:
+        print("Changes tried on paper:")
         show_advice(found, *advise(config, found, lambda other: plan(other, chip)))
     if _COMPILE.value:
         from specjax.planning.compiled import compile_all

@@ -61,7 +61,7 @@ class Needs:
 
     peak: int  # bytes of temporaries
     alive: tuple[tuple[str, int], ...]  # at the peak: (what, bytes), the largest first
-    flops: dict[str, float]  # operand dtype -> operations of matrix products
+    flops: dict[str, float]  # precision -> operations of matrix products
     traffic: float  # bytes read and written
 
     def over(self, ways: int) -> "Needs":
@@ -330,7 +330,17 @@ class _Reader:
             (contracted, _), _ = op.params["dimension_numbers"]
             left = op.avals[0]
             depth = math.prod(left.shape[i] for i in contracted)
-            self.flops[str(left.dtype)] += 2.0 * depth * math.prod(op.outputs[0].aval.shape)
+            self.flops[_precision(op)] += 2.0 * depth * math.prod(op.outputs[0].aval.shape)
+
+
+def _precision(op) -> str:
+    """How a product is computed: "bfloat16", "float32", or "rounded": float32 at default precision,
+    whose inputs an accelerator rounds."""
+    if all(aval.dtype.itemsize < 4 for aval in op.avals):
+        return "bfloat16"
+    wanted = op.params["precision"]
+    both = wanted if isinstance(wanted, tuple) else (wanted,)
+    return "float32" if jax.lax.Precision.HIGHEST in both else "rounded"
 
 
 def _label(buffer: Buffer) -> str:

@@ -50,7 +50,7 @@ def show(config, found: Estimate, file=None):
             )  # fmt: skip
     headings = "train|parameters|weights|optimizer|gradients|temporaries|tokens/step|steps"
     if rows:
-        print_rows(console, headings + "|step >=|all steps >=", rows, "\nTraining, a device")
+        _table(console, "Training, a device", headings + "|step >=|all steps >=", rows)
     rows = []
     for m in found.methods:
         rows.append(_decode_row(m.name, m.nodes, config.eval.batch, m.decoding, m.round))
@@ -59,12 +59,12 @@ def show(config, found: Estimate, file=None):
                     found.regeneration_round)
     )  # fmt: skip
     headings = "decode|rows|batch|KV cache|drafter state|prefill temp.|round temp.|round >="
-    print_rows(console, headings, rows, "\nDecoding, a device")
+    _table(console, "Decoding, a device", headings, rows)
     rows = [
         (stage, size(count), f"{count / chip.memory:.0%}", "" if count <= chip.memory else "no")
         for stage, count in found.stages.items()
     ]
-    print_rows(console, f"stage|bytes|of {chip.name}|fits", rows, "\nPeak of each stage, a device")
+    _table(console, "Peak of each stage, a device", f"stage|bytes|of {chip.name}|fits", rows)
     initial = sum(m.initial for m in found.methods)
     console.print(
         f"\nIn all of them: target {size(found.target)}; in training: all drafters as initialised, "
@@ -80,6 +80,11 @@ def show(config, found: Estimate, file=None):
         f"{size(found.features)}."
     )
     console.print("It fits." if found.fits else f"It does not fit {chip.name}.")
+
+
+def _table(console, title: str, headings: str, rows):
+    console.print(f"\n{title}")
+    print_rows(console, headings, rows)
 
 
 def _decode_row(name, nodes, batch, decoding, time) -> tuple[str, ...]:
@@ -109,5 +114,5 @@ def show_advice(found: Estimate, changes: dict, after: Estimate, steps: Iterable
 def show_compiled(rows: Iterable[tuple[str, int, int]], file=None):
     """Prints estimates beside compiled sizes: (program, estimated bytes, compiled bytes)."""
     rows = [(name, size(a), size(b), f"{a / b:.2f}") for name, a, b in rows]
-    title = "\nEstimated against compiled for simulated CPU devices: arguments and temporaries"
-    print_rows(make_console(file), "program|estimated|compiled|ratio", rows, title)
+    title = "Estimated against compiled for simulated CPU devices: arguments and temporaries"
+    _table(make_console(file), title, "program|estimated|compiled|ratio", rows)
