@@ -157,7 +157,6 @@ class ChainDrafter(LearnedDrafter):
                 (jnp.int32(1), draft),
             )
         tree = self.topology.draft(draft.tokens_BxT, draft.law_BxTxV)
-        # Committed rows that are final: all but those which the next round may feed again.
         return tree.replace(valid_T=draft.valid_BxT), draft.cache.replace(lengths_B=start_B)
 
     def _draw(self, params, target_params, draft: _Chain, level, keys_B) -> _Chain:

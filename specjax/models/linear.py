@@ -1,16 +1,15 @@
 """The one matrix product of every layer, kept in one place because its layout decides CPU speed."""
 
-import math
-
 import jax.numpy as jnp
 
 
 def linear(x_BxTxD, kernel):
     """x @ kernel, where kernel is [D, *out]; returns [B, T, *out] in x's dtype."""
-    out_shape = kernel.shape[1:]
     B, T, D = x_BxTxD.shape
-    flat = kernel.astype(x_BxTxD.dtype).reshape(D, math.prod(out_shape))
-    return jnp.matmul(x_BxTxD.reshape(B * T, D), flat).reshape(B, T, *out_shape)
+    # The kernel keeps its axes: flattened, one that is split over devices but is not the first
+    # (the F of Dx2xF) would have to be gathered before every product.
+    out = jnp.tensordot(x_BxTxD.reshape(B * T, D), kernel.astype(x_BxTxD.dtype), axes=1)
+    return out.reshape(B, T, *kernel.shape[1:])
 
 
 def readout(hidden_BxTxD, head_VxD):
