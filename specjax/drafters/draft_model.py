@@ -28,7 +28,7 @@ from specjax.drafters.stopping import POLICIES, acceptance_logit, init_head
 from specjax.models.config import ModelConfig, read_config
 from specjax.models.hf import load_params
 from specjax.models.target import resolve_folder
-from specjax.models.transformer import forward, head_VxD, init_params
+from specjax.models.transformer import forward, head_VxD, init_params, text_layout
 from specjax.sampling import argmax
 from specjax.trees import Topology, chain
 
@@ -235,8 +235,8 @@ class DraftModel(LearnedDrafter):
 
     # ---- training ----------------------------------------------------------------------------
 
-    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
-        out = forward(params, self.model, tokens_BxT)
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
+        out = forward(params, self.model, tokens_BxT, *text_layout(tokens_BxT, segments_BxT))
         # Row t reads out after x_{t+1}.
         hidden = jnp.pad(out.hidden_BxTxD[:, 1:], ((0, 0), (0, 1), (0, 0)))
         return [hidden], [hidden]

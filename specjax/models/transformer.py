@@ -93,6 +93,23 @@ def causal_mask(T: int):
     return jnp.tril(jnp.ones((1, T, T), bool))
 
 
+def text_layout(tokens_BxT, segments_BxT=None):
+    """(positions BxT, mask) of whole texts read at once: RoPE positions, and which rows see which.
+
+    A row is one text at positions 0..T-1 under a causal mask, 1xTxT; or several, `segments_BxT`
+    numbering the text of each token (neighbours differ, padding has a number of its own). Then
+    positions restart with every text and the mask, BxTxT, ends at its borders.
+    """
+    B, T = tokens_BxT.shape
+    place_T = jnp.arange(T, dtype=jnp.int32)
+    if segments_BxT is None:
+        return jnp.broadcast_to(place_T, (B, T)), causal_mask(T)
+    begins_BxT = jnp.diff(segments_BxT, axis=1, prepend=segments_BxT[:, :1] - 1) != 0
+    first_BxT = jax.lax.cummax(jnp.where(begins_BxT, place_T, 0), axis=1)
+    same_BxTxT = segments_BxT[:, :, None] == segments_BxT[:, None]
+    return place_T - first_BxT, causal_mask(T) & same_BxTxT
+
+
 def forward(
     params,
     config: ModelConfig,

@@ -12,9 +12,11 @@ row (GKD: step by step).
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 
-from specjax.data.regenerate import Rows, by_length, continued, pad_rows
+from specjax.data.regenerate import by_length, continued
+from specjax.data.rows import Rows, pad_rows
 from specjax.files import replacing
 from specjax.generation import TrainedDrafter, make_engine
 from specjax.models.target import Target
@@ -74,6 +76,8 @@ class OwnRows:
         supervise_prompt: bool, folder,
     ):  # fmt: skip
         """`prompts[i]` is what row i of `rows` continues."""
+        if jax.process_count() > 1:
+            raise ValueError("train.source: rows that the drafter writes are made by one process")
         if len(prompts) != rows.count:
             raise ValueError(f"prompts: {len(prompts)} for {rows.count} rows")
         self.rows, self.prompts, self.target, self.how = rows, prompts, target, how
@@ -105,7 +109,7 @@ class OwnRows:
         path = self.folder / f"{time}.npz"
         if not path.is_file():
             steps = range(time * self.how.refresh, (time + 1) * self.how.refresh)
-            places = sorted({p for s in steps for p in np.array(self.rows.picks(s))[self.own(s)]})
+            places = sorted({p for s in steps for p in self.rows.picks(s)[self.own(s)]})
             prompts = [self.prompts[p] for p in places]
             seed = self.rows.seed + 1000 * time
             sequences = write(self.target, drafter, prompts, self.how, seed)

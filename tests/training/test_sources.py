@@ -7,7 +7,7 @@ import pytest
 from toys import toy_target
 
 import specjax
-from specjax.data.regenerate import Rows, pad_rows
+from specjax.data.rows import Rows, pad_rows
 from specjax.training.sources import OwnRows, Writing, write
 
 PROMPTS = [[1 + i, 2, 3 + i] for i in range(6)]
