@@ -10,6 +10,8 @@ import grain
 import jax
 import numpy as np
 
+from specjax.training.progress import say
+
 
 def pad_rows(
     sequences: Sequence[tuple[list[int], int]], length: int, supervise_prompt: bool
@@ -25,7 +27,12 @@ def pad_rows(
 def pad_marked(
     sequences: Sequence[tuple[list[int], Sequence[bool]]], length: int
 ) -> dict[str, np.ndarray]:
-    """Rows of (token ids, which of them are supervised), cut or padded to `length`: one a row."""
+    """Rows of (token ids, which of them are supervised), cut or padded to `length`: one a row.
+
+    How many were cut is said.
+    """
+    if cut := sum(len(ids) > length for ids, _ in sequences):
+        say(f"data: {cut} of {len(sequences)} sequences cut to {length} tokens")
     tokens = np.zeros((len(sequences), length), np.int32)
     supervised = np.zeros((len(sequences), length), bool)
     for row, mask, (ids, marks) in zip(tokens, supervised, sequences, strict=True):
@@ -42,10 +49,9 @@ def pack_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     length = rows["tokens"].shape[1]
     ends = text_ends(rows)
     bins = first_fit(ends, length)
-    packed = {
-        name: np.zeros((len(bins), length), array.dtype)
-        for name, array in rows.items()
-    } | {"segments": np.zeros((len(bins), length), np.int32)}
+    packed = {name: np.zeros((len(bins), length), array.dtype) for name, array in rows.items()} | {
+        "segments": np.zeros((len(bins), length), np.int32)
+    }
     for r, members in enumerate(bins):
         start = 0
         for segment, member in enumerate(members, start=1):
@@ -54,6 +60,11 @@ def pack_rows(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
                 packed[name][r, place] = array[member, own]
             packed["segments"][r, place] = segment
             start += ends[member]
+    say(
+        f"data: {np.count_nonzero(ends)} texts packed in {len(bins)} rows of {length} tokens, "
+        f"{ends.sum() / max(len(bins) * length, 1):.0%} full; {np.sum(ends == 0)} with nothing to "
+        "learn left out"
+    )
     return packed
 
 

@@ -169,6 +169,16 @@ def forward(
     return ForwardOut(hidden, taps_BxTxM, cache)
 
 
+def text_features(params, config: ModelConfig, taps, tokens_BxT, segments_BxT=None) -> dict:
+    """What training reads of a target: {"hidden": BxTxD, the LM head's input, "taps": BxTxM}.
+
+    Without taps there is no entry of that name. `segments_BxT` as in `text_layout`.
+    """
+    layout = text_layout(tokens_BxT, segments_BxT)
+    out = forward(params, config, tokens_BxT, *layout, taps=taps)
+    return {"hidden": out.hidden_BxTxD} | ({"taps": out.taps_BxTxM} if taps else {})
+
+
 def _unrolled(run, layers, x, cache, taps):
     entering, ks, vs = {}, [], []
     for i, layer in enumerate(layers):

@@ -77,13 +77,6 @@ def make_objective(cfg: ConfigDict, steps: int) -> Objective:
     )  # fmt: skip
 
 
-def target_features(target_params, config, taps, tokens_BxT, segments_BxT=None) -> dict:
-    """{"hidden": BxTxD, the LM head's input, "taps": BxTxM, unless there are none} of texts."""
-    layout = transformer.text_layout(tokens_BxT, segments_BxT)
-    out = transformer.forward(target_params, config, tokens_BxT, *layout, taps=taps)
-    return {"hidden": out.hidden_BxTxD} | ({"taps": out.taps_BxTxM} if taps else {})
-
-
 def drafter_loss(
     definition: LearnedDrafter, objective: Objective, params, frozen, batch, step=0, key=None
 ):
@@ -110,7 +103,7 @@ def drafter_loss(
     config = definition.target
     target = frozen["target"]
     key = jax.random.key(0) if key is None else key
-    features = batch.get("features") or target_features(
+    features = batch.get("features") or transformer.text_features(
         target, config, definition.taps, tokens_BxT, segments_BxT
     )
     features = jax.lax.stop_gradient(features)

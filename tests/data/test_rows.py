@@ -1,4 +1,4 @@
-"""Rows: a step's batch from nothing but the step, shares of processes, packing that loses nothing."""
+"""Rows: a step's batch from nothing but the step, processes' shares, packing without loss."""
 
 import collections
 
