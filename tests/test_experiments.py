@@ -189,9 +189,10 @@ def test_rows_that_change_are_neither_packed_nor_cached(writers):
 def test_conversations_packed_and_cached_are_what_is_trained_on(writers, tmp_path, capsys):
     """A file with a damaged line -> marked answers -> packed rows -> batches with features."""
     bench, _ = writers
+    turns = (("user", "a = 1 "), ("assistant", "b = 2 "))
     lines = [
-        json.dumps({"messages": [{"role": r, "content": t * n} for r, t in turns]})
-        for n, turns in enumerate([[("user", "a = 1 "), ("assistant", "b = 2 ")]] * 6, start=1)
+        json.dumps({"messages": [{"role": role, "content": n * text} for role, text in turns]})
+        for n in (1, 1, 9, 1, 2, 1)
     ]
     (tmp_path / "talk.jsonl").write_text("\n".join([*lines, "{"]))
     config = bench.config.copy_and_resolve_references()

@@ -29,7 +29,7 @@ def encode_conversation(
 
     Raises:
       ValueError: `encode_chat`'s, and a template under which an answer's beginning or end cannot be
-        told (names the message).
+        told (names the message), or that does not mark every answer.
     """
     own = getattr(tokenizer, "chat_template", None)
     if template is None and isinstance(own, str) and _MARKED.search(own):
@@ -70,4 +70,11 @@ def _as_marked(tokenizer, messages, add_generation_prompt: bool):
         list(messages), add_generation_prompt=add_generation_prompt, tokenize=True,
         return_dict=True, return_assistant_tokens_mask=True,
     )  # fmt: skip
-    return list(encoding["input_ids"]), [bool(mark) for mark in encoding["assistant_masks"]]
+    marks = [bool(mark) for mark in encoding["assistant_masks"]]
+    runs = sum(mark and not before for before, mark in zip([False, *marks], marks, strict=False))
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if runs != answers:
+        raise ValueError(
+            f"chat template: its {{% generation %}} marks {runs} of {answers} answers, each expected"
+        )
+    return list(encoding["input_ids"]), marks

@@ -12,6 +12,7 @@ A cache is a folder named by its key (the target's weights and dtype, the rows, 
 safetensors shards, each whole or absent: an interrupted run goes on at the first that is missing.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -30,7 +31,8 @@ from specjax.models.target import Target
 from specjax.training.progress import progress, say
 
 FIELD = "train.cache_features"
-SHARD_BYTES = 1 << 28
+SHARD_BYTES = 1 << 30
+OPEN_SHARDS = 64
 SPARE = 0.05  # of the disk's free bytes, left alone
 
 
@@ -65,7 +67,9 @@ class FeatureCache:
         self.folder = pathlib.Path(folder) / self._key()
         shards = range(math.ceil(self.count / self.shard_rows))
         self._fill([i for i in shards if not self._path(i).is_file()], batch)
-        self._opened = {i: self._open(i) for i in shards}
+        self._opened = functools.lru_cache(OPEN_SHARDS)(self._open)
+        for shard in shards:
+            self._opened(shard)  # checked now, not in the middle of training
 
     def batch(self, picks) -> dict[str, np.ndarray]:
         """{"hidden": BxTxD, "taps": BxTxM} of these rows, host arrays."""
@@ -150,7 +154,7 @@ class FeatureCache:
         return file
 
     def _row(self, shard: int, place: int) -> dict[str, np.ndarray]:
-        file = self._opened[shard]
+        file = self._opened(shard)
         read = lambda name: file.get_slice(name)[place : place + 1]  # noqa: E731
         hidden = read("hidden")
         if not self.taps:

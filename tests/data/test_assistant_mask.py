@@ -102,6 +102,12 @@ def test_a_template_that_rewrites_what_was_said_is_refused(with_template):
     encode_conversation(tokenizer, MESSAGES[:3])  # one answer: nothing to forget
 
 
+def test_a_template_that_leaves_answers_unmarked_is_refused(with_template):
+    tokenizer = with_template(MARKED.replace("== 'assistant'", "== 'assistant' and loop.last"))
+    with pytest.raises(ValueError, match=r"\{% generation %\} marks 1 of 2 answers"):
+        encode_conversation(tokenizer, MESSAGES)
+
+
 def test_without_a_template(tokenizer):
     with pytest.raises(ValueError, match="no chat template; name one of"):
         encode_conversation(tokenizer, MESSAGES)

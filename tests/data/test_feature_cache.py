@@ -123,8 +123,9 @@ def test_everything_that_matters_is_in_the_key(small, rows, tmp_path):
         folder(rows=rows | {"supervised": ~rows["supervised"]}) == folder(taps=(0, 1)) == found[0]
     )
     stored = FeatureCache(tmp_path, half, TAPS, rows, batch=7).batch([1])
-    close(stored, {k: np.asarray(v)[1:2] for k, v in features(half, rows).items()})
-    assert stored["taps"].dtype == jnp.bfloat16
+    computed = feature_cache._features(half.params, half.config, (0, 1), rows["tokens"])
+    assert stored["taps"].dtype == stored["hidden"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(stored["hidden"], np.asarray(computed["hidden"])[1:2])
 
 
 def test_a_disk_that_is_too_small_is_refused(small, rows, tmp_path, monkeypatch):
