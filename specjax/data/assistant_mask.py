@@ -75,6 +75,6 @@ def _as_marked(tokenizer, messages, add_generation_prompt: bool):
     answers = sum(message["role"] == "assistant" for message in messages)
     if runs != answers:
         raise ValueError(
-            f"chat template: its {{% generation %}} marks {runs} of {answers} answers, each expected"
+            f"chat template: its {{% generation %}} marks {runs} of {answers} answers, all expected"
         )
     return list(encoding["input_ids"]), marks
