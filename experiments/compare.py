@@ -129,10 +129,13 @@ def text_rows(config: ConfigDict, target: Target, ids) -> dict[str, np.ndarray]:
     return pad_rows(sequences, cfg.length, cfg.supervise_prompt)
 
 
-def batches(bench: "Bench", name: str, cfg: ConfigDict, seed: int, within: str, taps=()):
+def batches(
+    bench: "Bench", name: str, cfg: ConfigDict, seed: int, within: str, taps=(), whole=False
+):
     """(step, drafter) -> the training batch, written by whom `cfg.source` says.
 
-    `taps` are those of the drafter, whose features are cached if `cfg.cache_features` says so.
+    Each process has its part of a batch, or `whole` ones. `taps` are those of the drafter, whose
+    features are cached if `cfg.cache_features` says so.
 
     Raises:
       ValueError: an unknown source, or one that another field rules out.
@@ -151,7 +154,8 @@ def batches(bench: "Bench", name: str, cfg: ConfigDict, seed: int, within: str, 
             raise ValueError(f"{field}: rows of train.source {cfg.source!r} change in training")
     if config.data.packing:
         rows = pack_rows(rows)
-    stream = Rows(rows, cfg.batch_size, seed)
+    alone = (0, 1) if written or whole else ()
+    stream = Rows(rows, cfg.batch_size, seed, *alone)
     if cfg.cache_features:
         cache = FeatureCache(cfg.cache_features, target, taps, rows, cfg.batch_size)
         return with_features(stream, cache)
@@ -320,12 +324,13 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
         tree, cost = config.drafters[name].tree.to_dict(), TrainingCost(0, 0.0)
         if drafter.definition.trained:
             cfg = train_config(config, name)
-            rows = batches(bench, name, cfg, seed, within, drafter.definition.taps)
+            stops = wants_acceptance_head(drafter)  # fitted on whole batches in every process
+            rows = batches(bench, name, cfg, seed, within, drafter.definition.taps, stops)
             drafter, cost = train_drafter(
                 target, drafter, cfg, rows, without_paths(tree), probe, bench.folder,
                 bench.metrics, "/".join(filter(None, (name, within))), bench.mesh, seed,
             )  # fmt: skip
-            if wants_acceptance_head(drafter):
+            if stops:
                 drafter, _ = fit_acceptance(target, drafter, rows, cfg.acceptance_steps, seed=seed)
         drafter = drafter.with_budget(**with_best_paths(bench, drafter, tree))
         drafter.save(bench.folder / "drafters" / within / name)

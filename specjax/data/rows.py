@@ -123,13 +123,13 @@ class Rows:
             raise ValueError(f"batch_size: {batch} rows cannot be shared by {count} processes")
         if not 0 <= index < count:
             raise ValueError(f"process_index: {index} must be in [0, {count})")
-        self.size = batch // count
+        self.size, self.shared = batch // count, count > 1
         order = grain.MapDataset.source(range(self.count)).seed(seed).shuffle().repeat()
-        self._order = order.batch(self.size)[index::count]
+        self._parts, self._first, self._stride = order.batch(self.size), index, count
 
     def picks(self, step: int) -> np.ndarray:
         """int[size]: which rows this process takes at a step."""
-        return self._order[step]
+        return self._parts[step * self._stride + self._first]
 
     def batch(self, step: int, drafter=None) -> dict[str, np.ndarray]:
         """This process's rows of one step, whatever the drafter has become."""

@@ -81,8 +81,8 @@ def train_drafter(
 
     Args:
       cfg: steps, batch_size, optimizer, loss, logging and checkpoint intervals.
-      batch_fn: (step, the drafter by then, None for any) -> this process's rows of the batch, host
-        arrays as `drafter_loss` takes them.
+      batch_fn: (step, the drafter by then, None for any) -> this process's rows of the batch, or
+        all of them in every process; host arrays as `drafter_loss` takes them.
       tree: fields of the drafter that shape the tree it is probed with.
       probe: measures decode-time tau on held-out prompts every `cfg.tau_every` steps.
       folder: the run folder.
@@ -102,11 +102,14 @@ def train_drafter(
         params = params | ({"buffers": buffers} if buffers else {})
         return dataclasses.replace(drafter, params=params)
 
+    rows_sharding = sharding.batch_sharding(mesh)
+
     def place(step, state):
-        # Each process has its own rows of the batch; all of them together are its array.
-        whole = functools.partial(
-            jax.make_array_from_process_local_data, sharding.batch_sharding(mesh)
-        )
+        # A process has its own rows of the batch, or all of them and keeps its own.
+        def whole(array):
+            shape = (cfg.batch_size, *array.shape[1:])
+            return jax.make_array_from_process_local_data(rows_sharding, array, shape)
+
         return jax.tree.map(whole, batch_fn(step, state and with_params(state.params)))
 
     def evaluate(state):

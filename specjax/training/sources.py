@@ -12,7 +12,6 @@ row (GKD: step by step).
 import dataclasses
 import pathlib
 
-import jax
 import numpy as np
 
 from specjax.data.regenerate import by_length, continued
@@ -75,9 +74,12 @@ class OwnRows:
         self, rows: Rows, prompts: list[list[int]], target: Target, how: Writing,
         supervise_prompt: bool, folder,
     ):  # fmt: skip
-        """`prompts[i]` is what row i of `rows` continues."""
-        if jax.process_count() > 1:
-            raise ValueError("train.source: rows that the drafter writes are made by one process")
+        """`prompts[i]` is what row i of `rows` continues; `rows` are whole batches.
+
+        All processes write together, so each must know the rows of all.
+        """
+        if rows.shared:
+            raise ValueError("rows: whole batches expected, not one process's part of them")
         if len(prompts) != rows.count:
             raise ValueError(f"prompts: {len(prompts)} for {rows.count} rows")
         self.rows, self.prompts, self.target, self.how = rows, prompts, target, how

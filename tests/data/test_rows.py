@@ -37,7 +37,7 @@ def test_a_batch_depends_on_the_step_alone():
     np.testing.assert_array_equal(again.picks(far), first.picks(far))
 
 
-@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("processes", [1, 2, 8])
 def test_processes_share_a_batch_in_order(processes):
     whole = Rows(numbered(11), 8, seed=1, process_index=0, process_count=1)
     parts = [Rows(numbered(11), 8, 1, p, processes) for p in range(processes)]
