@@ -95,7 +95,13 @@ def base(name: str, preset: str) -> ConfigDict:
     config.data.temperature = 0.0
     config.data.batch = 64
     config.data.length = 224  # tokens of a training row
-    config.data.supervise_prompt = True
+    config.data.supervise_prompt = True  # not read for conversations: there, answers are
+    # Conversations in place of prompts, the first `count`: a file or folder of .jsonl, .json or
+    # .array_record, or "tfds:NAME/SPLIT?field=..."; written in eval.chat_template.name
+    config.data.conversations = ""
+    config.data.regenerate = True  # answers written anew by the target, or trained on as they are
+    config.data.skip_damaged = False  # leave out rows that are no conversation, else refuse them
+    config.data.packing = False  # as many texts in a row as fit, kept apart by masks
 
     config.train = ConfigDict()
     config.train.steps = 225
@@ -103,6 +109,9 @@ def base(name: str, preset: str) -> ConfigDict:
     config.train.optimizer = optimizer()
     config.train.loss = loss()
     config.train.source = "target"  # who writes the training text: one of `training.sources`
+    # Folder for the target's features of the training rows, written once and read instead of the
+    # target's forward; "" = none. Runs may share it
+    config.train.cache_features = ""
     config.train.own_share = 0.5  # of the rows that the drafter writes, source "mix"
     config.train.refresh = 30  # steps between two writings of the drafter
     config.train.own_temperature = 1.0  # at which it writes

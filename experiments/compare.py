@@ -13,8 +13,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from specjax import sharding
+from specjax.data.conversations import read_conversations
+from specjax.data.dialogues import contexts_of, given_dialogues, regenerated_dialogues
+from specjax.data.feature_cache import FeatureCache, with_features
 from specjax.data.prompts import load_prompts
-from specjax.data.regenerate import Rows, pad_rows, regenerate
+from specjax.data.regenerate import regenerate
+from specjax.data.rows import Rows, pack_rows, pad_marked, pad_rows
 from specjax.drafters.rasd import fused
 from specjax.evaluation.benchmark import (
     Method,
@@ -64,8 +68,12 @@ def training_prompts(config: ConfigDict, target: Target) -> list[list[int]]:
     cfg = config.data
     prompts = load_prompts(cfg.prompts, limit=cfg.count, data_dir=cfg.data_dir or None)
     settings = protocol(config, "train", 0.0)
-    ids = [prompt_ids(target, p, [], settings) for p in prompts]
-    return [row[:1] + row[1:][-(cfg.max_prompt_tokens - 1) :] for row in ids]
+    return cut_left([prompt_ids(target, p, [], settings) for p in prompts], cfg.max_prompt_tokens)
+
+
+def cut_left(prompts, most: int) -> list[list[int]]:
+    """The first token of each prompt and its last `most` - 1 others."""
+    return [row[:1] + row[1:][-(most - 1) :] for row in prompts]
 
 
 def training_rows(config: ConfigDict, target: Target, ids, folder) -> dict[str, np.ndarray]:
@@ -77,9 +85,42 @@ def training_rows(config: ConfigDict, target: Target, ids, folder) -> dict[str, 
     return pad_rows(sequences, cfg.length, cfg.supervise_prompt)
 
 
+def dialogues(config: ConfigDict, target: Target, folder=None) -> list:
+    """`data.conversations` with their answers marked, which the target writes if `folder` is given.
+
+    Returns:
+      (token ids, which of them are trained on) pairs.
+    """
+    cfg, template = config.data, config.eval.chat_template.name or None
+    found, skipped = read_conversations(
+        cfg.conversations, cfg.count, cfg.skip_damaged, cfg.data_dir or None
+    )
+    if skipped:
+        say(f"data: {len(skipped)} damaged rows skipped, the first: {skipped[0]}")
+    if folder is None:
+        return given_dialogues(target, found, template)
+    return regenerated_dialogues(
+        target, found, template, cfg.max_prompt_tokens, cfg.max_new_tokens, cfg.temperature,
+        config.seed, cfg.batch, folder / "data",
+    )  # fmt: skip
+
+
+def training_data(config: ConfigDict, target: Target, folder):
+    """(prompts, padded training rows that continue them) of what `config.data` names."""
+    cfg = config.data
+    if not cfg.conversations:
+        prompts = training_prompts(config, target)
+        return prompts, training_rows(config, target, prompts, folder)
+    marked = dialogues(config, target, folder if cfg.regenerate else None)
+    prompts = cut_left(contexts_of(marked), cfg.max_prompt_tokens)
+    return prompts, pad_marked(marked, cfg.length)
+
+
 def text_rows(config: ConfigDict, target: Target, ids) -> dict[str, np.ndarray]:
     """Padded training rows: the prompts with the answers that people gave, where there are any."""
     cfg, sequences = config.data, []
+    if cfg.conversations:
+        return pad_marked(dialogues(config, target), cfg.length)
     joint = "" if config.eval.chat_template.use else "\n"
     prompts = load_prompts(cfg.prompts, limit=cfg.count, data_dir=cfg.data_dir or None)
     for prompt, row in zip(prompts, ids, strict=True):
@@ -89,11 +130,16 @@ def text_rows(config: ConfigDict, target: Target, ids) -> dict[str, np.ndarray]:
     return pad_rows(sequences, cfg.length, cfg.supervise_prompt)
 
 
-def batches(bench: "Bench", name: str, cfg: ConfigDict, seed: int, within: str):
+def batches(
+    bench: "Bench", name: str, cfg: ConfigDict, seed: int, within: str, taps=(), whole=False
+):
     """(step, drafter) -> the training batch, written by whom `cfg.source` says.
 
+    Each process has its part of a batch, or `whole` ones. `taps` are those of the drafter, whose
+    features are cached if `cfg.cache_features` says so.
+
     Raises:
-      ValueError: an unknown source, or one that the gate rules out.
+      ValueError: an unknown source, or one that another field rules out.
     """
     config, target = bench.config, bench.target
     if cfg.source not in SOURCES:
@@ -101,8 +147,20 @@ def batches(bench: "Bench", name: str, cfg: ConfigDict, seed: int, within: str):
     rows = bench.train_rows
     if cfg.source == "text":
         rows = text_rows(config, target, bench.train_prompts)
-    stream = Rows(rows, cfg.batch_size, seed)
-    if cfg.source in ("target", "text"):
+    written = cfg.source not in ("target", "text")
+    for field, value in (
+        ("data.packing", config.data.packing), ("train.cache_features", cfg.cache_features),
+    ):  # fmt: skip
+        if written and value:
+            raise ValueError(f"{field}: rows of train.source {cfg.source!r} change in training")
+    if config.data.packing:
+        rows = pack_rows(rows)
+    alone = (0, 1) if written or whole else ()
+    stream = Rows(rows, cfg.batch_size, seed, *alone)
+    if cfg.cache_features:
+        cache = FeatureCache(cfg.cache_features, target, taps, rows, cfg.batch_size)
+        return with_features(stream, cache)
+    if not written:
         return stream.batch
     if cfg.loss.gate == "adaspec":
         raise ValueError(
@@ -163,8 +221,7 @@ def prepare(config: ConfigDict, folder) -> Bench:
         mesh if sharded else None,
         config.target.scan_layers,
     )
-    prompts = training_prompts(config, target)
-    rows = training_rows(config, target, prompts, folder)
+    prompts, rows = training_data(config, target, folder)
     tasks = {
         task: load_prompts(
             task, limit=config.eval.prompts or None, data_dir=config.data.data_dir or None
@@ -291,13 +348,14 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
         tree, cost = config.drafters[name].tree.to_dict(), TrainingCost(0, 0.0)
         if drafter.definition.trained:
             cfg = train_config(config, name)
-            rows = batches(bench, name, cfg, seed, within)
+            stops = wants_acceptance_head(drafter)  # fitted on whole batches in every process
+            rows = batches(bench, name, cfg, seed, within, drafter.definition.taps, stops)
             drafter, cost = train_drafter(
                 target, drafter, cfg, rows, without_paths(tree), probe, bench.folder,
                 bench.metrics, "/".join(filter(None, (name, within))), bench.mesh, seed,
                 drafter_rules(config, drafter.definition),
             )  # fmt: skip
-            if wants_acceptance_head(drafter):
+            if stops:
                 drafter, _ = fit_acceptance(target, drafter, rows, cfg.acceptance_steps, seed=seed)
         drafter = drafter.with_budget(**with_best_paths(bench, drafter, tree))
         drafter.save(bench.folder / "drafters" / within / name)

@@ -1,5 +1,6 @@
 """The compare experiment end to end on a tiny budget: what a run folder must hold."""
 
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -172,6 +173,46 @@ def test_a_source_that_cannot_be_is_refused_by_name(writers):
         cfg.source, cfg.loss.gate = source, gate
         with pytest.raises(ValueError, match=message):
             compare.batches(bench, "fasteagle", cfg, 0, "")
+
+
+def test_rows_that_change_are_neither_packed_nor_cached(writers):
+    bench, _ = writers
+    cfg = compare.train_config(bench.config, "fasteagle")
+    cfg.source, cfg.cache_features = "drafter", "somewhere"
+    with pytest.raises(ValueError, match="train.cache_features: .*'drafter' change"):
+        compare.batches(bench, "fasteagle", cfg, 0, "")
+    packing = bench.config.copy_and_resolve_references()
+    packing.data.packing, cfg.cache_features = True, ""
+    with pytest.raises(ValueError, match="data.packing: .*'drafter' change"):
+        compare.batches(dataclasses.replace(bench, config=packing), "fasteagle", cfg, 0, "")
+
+
+def test_conversations_packed_and_cached_are_what_is_trained_on(writers, tmp_path, capsys):
+    """A file with a damaged line -> marked answers -> packed rows -> batches with features."""
+    bench, _ = writers
+    turns = (("user", "a = 1 "), ("assistant", "b = 2 "))
+    lines = [
+        json.dumps({"messages": [{"role": role, "content": n * text} for role, text in turns]})
+        for n in (1, 1, 9, 1, 2, 1)
+    ]
+    (tmp_path / "talk.jsonl").write_text("\n".join([*lines, "{"]))
+    config = bench.config.copy_and_resolve_references()
+    config.data.conversations, config.data.regenerate = str(tmp_path / "talk.jsonl"), False
+    config.data.skip_damaged, config.data.packing, config.data.length = True, True, 32
+    config.eval.chat_template.name, config.data.count = "plain", 99
+    prompts, rows = compare.training_data(config, bench.target, tmp_path)
+    said = capsys.readouterr().out
+    assert "1 damaged rows skipped" in said and "talk.jsonl:7: " in said and "cut to 32" in said
+    assert rows["tokens"].shape == (6, 32)
+    for prompt, tokens, mask in zip(prompts, rows["tokens"], rows["supervised"], strict=True):
+        assert tokens[: len(prompt)].tolist() == prompt[:32]
+        assert not mask[: len(prompt)].any()
+    cfg = compare.train_config(config, "fasteagle")
+    cfg.batch_size, cfg.cache_features = 2, str(tmp_path / "cache")
+    packed = dataclasses.replace(bench, config=config, train_rows=rows, train_prompts=prompts)
+    batch = compare.batches(packed, "fasteagle", cfg, 0, "", (0, 1))(3, None)
+    assert batch["segments"].max() > 1 and batch["tokens"].shape == (2, 32)
+    assert batch["features"]["taps"].shape == (2, 32, 2 * bench.target.config.hidden_size)
 
 
 @pytest.mark.slow

@@ -1,15 +1,14 @@
 """Prompt sets by name: held-out library code, local files, tensorflow-datasets."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from specjax.data.corpora import local_documents
 from specjax.data.prompt_files import QUESTION_FILE, Prompt, read_prompts
 from specjax.data.stdlib_prompts import STDLIB_PROMPTS, stdlib_prompts, stdlib_training_prompts
-from specjax.data.templates import first_question
+from specjax.data.templates import first_question, raw_messages
+from specjax.data.tfds_source import TfdsName, plain, tfds_conversations, tfds_rows
 
 __all__ = [
     "CONVERSATION_SETS",
@@ -84,6 +83,7 @@ def load_prompts(
       of that folder under `data_dir` (`corpora.local_documents`);
     - "tfds:gsm8k", "tfds:cnn_dailymail": the test split from tensorflow-datasets, `data_dir` being
       its folder (None: its default), prepared there as array_record files if it is not yet;
+    - "tfds:NAME/SPLIT?field=...": the user's turns of any other data set (`tfds_source`);
     - a path to a .jsonl file, or to a folder with a question.jsonl.
 
     Raises ValueError for an unknown name or a bad limit, FileNotFoundError for a missing file or
@@ -141,48 +141,39 @@ def _local_set(name: str, data_dir: str | Path | None) -> Path:
 
 
 def _tfds_prompts(name: str, limit: int | None, data_dir: str | Path | None) -> list[Prompt]:
+    if "/" in name or "?" in name:
+        return _any_tfds_prompts(f"tfds:{name}", limit, data_dir)
     if name not in TFDS_SETS:
         raise _unknown(f"tfds:{name}")
     source = TFDS_SETS[name]
-    rows = _tfds_rows(name, source, data_dir)
+    rows = tfds_rows(name, "test", data_dir, source.module)
     prompts = []
     for index in range(min(len(rows), limit or len(rows))):
-        # Text features come back as bytes where TensorFlow is not there to wrap them.
-        row = {key: _text(value) for key, value in rows[index].items()}
+        row = plain(rows[index])
         prompts.append(Prompt(index, source.category, (source.turn(row),), row[source.reference]))
     if not prompts:
         raise ValueError(f"tfds:{name}: its test split holds no prompts")
     return prompts
 
 
-def _tfds_rows(name: str, source: _TfdsSet, data_dir: str | Path | None) -> Any:
-    """The test split as a random-access source."""
-    try:
-        tfds = importlib.import_module("tensorflow_datasets")
-        importlib.import_module(source.module)
-    except ImportError as error:
-        raise ImportError(
-            f"tfds:{name}: tensorflow-datasets with importlib_resources needed ({error})"
-        ) from error
-    builder = tfds.builder(name, data_dir=None if data_dir is None else str(data_dir))
-    if not builder.is_prepared():
+def _any_tfds_prompts(name: str, limit: int | None, data_dir: str | Path | None) -> list[Prompt]:
+    """The user's turns of any data set's rows; rows without one are left out."""
+    dataset = TfdsName.of(name).dataset
+    prompts: list[Prompt] = []
+    for index, (where, row) in enumerate(tfds_conversations(name, data_dir)):
+        if len(prompts) == limit:
+            break
         try:
-            builder.download_and_prepare(file_format="array_record")
-        except Exception as error:
-            raise FileNotFoundError(
-                f"tfds:{name}: not in {builder.data_dir}, and preparing it there failed: {error}"
-            ) from error
-    try:
-        return builder.as_data_source(split="test")
-    except Exception as error:
-        raise ValueError(
-            f"tfds:{name}: {builder.data_dir} cannot be read without TensorFlow; array_record files"
-            f" expected, made by download_and_prepare(file_format='array_record') ({error})"
-        ) from error
-
-
-def _text(value: Any) -> str:
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+            messages = raw_messages(row)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        turns = tuple(m["content"] for m in messages if m["role"] == "user")
+        answers = [m["content"] for m in messages if m["role"] == "assistant"]
+        if turns:
+            prompts.append(Prompt(index, dataset, turns, answers[0] if answers else None))
+    if not prompts:
+        raise ValueError(f"{name}: no row in which a user asks anything")
+    return prompts
 
 
 def _unknown(name: str) -> ValueError:

@@ -1,4 +1,4 @@
-"""Training sequences: prompts continued by the target itself, cached on disk; padded rows."""
+"""Training sequences: prompts continued by the target itself, cached on disk."""
 
 import hashlib
 import json
@@ -73,38 +73,3 @@ def continued(engine, params, prompts, max_new_tokens, seed, batch) -> list[list
     state = start(engine, params, filled, max_new_tokens, seed=seed)
     new, _ = collect(decoding.run_host(engine, params, state))
     return new[: len(prompts)]
-
-
-def pad_rows(
-    sequences: list[tuple[list[int], int]], length: int, supervise_prompt: bool
-) -> dict[str, np.ndarray]:
-    """{"tokens": RxT int32, "supervised": RxT bool} of sequences cut or padded to `length`."""
-    tokens = np.zeros((len(sequences), length), np.int32)
-    supervised = np.zeros((len(sequences), length), bool)
-    for row, mask, (ids, prompt) in zip(tokens, supervised, sequences, strict=True):
-        ids = ids[:length]
-        row[: len(ids)] = ids
-        mask[0 if supervise_prompt else prompt : len(ids)] = True
-    return {"tokens": tokens, "supervised": supervised}
-
-
-class Rows:
-    """Batches of padded rows, reshuffled every epoch; a pure function of the step."""
-
-    def __init__(self, rows: dict[str, np.ndarray], batch: int, seed: int):
-        self.rows, self.size, self.seed = rows, batch, seed
-        self.count = len(rows["tokens"])
-        if self.count < batch:
-            raise ValueError(f"data: {self.count} sequences are fewer than batch_size {batch}")
-
-    def picks(self, step: int) -> list[int]:
-        """Places step*size.. of the endless shuffled stream."""
-        found = []
-        for index in range(step * self.size, (step + 1) * self.size):
-            epoch, place = divmod(index, self.count)
-            found.append(np.random.default_rng((self.seed, epoch)).permutation(self.count)[place])
-        return found
-
-    def batch(self, step: int, drafter=None) -> dict[str, np.ndarray]:
-        """The rows of one step, whatever the drafter has become."""
-        return {name: array[self.picks(step)] for name, array in self.rows.items()}

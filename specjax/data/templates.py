@@ -12,7 +12,11 @@ from typing import Any
 Message = dict[str, str]
 
 ROLES = ("system", "user", "assistant")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+# Other names that published conversations give the same speakers.
+_ROLE_NAMES = {
+    "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant",
+    "bing": "assistant", "bard": "assistant", "bot": "assistant", "model": "assistant",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,20 +97,29 @@ def encode_chat(
     for messages of another shape, for an unknown `template`, and, naming the fallbacks, where the
     tokenizer has no template.
     """
+    text = chat_text(tokenizer, messages, add_generation_prompt, template)
+    # Templates write the begin token themselves: adding it would double it.
+    return _encode(tokenizer, text, add_special_tokens=False)
+
+
+def chat_text(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    add_generation_prompt: bool,
+    template: str | None = None,
+) -> str:
+    """The text of a conversation; arguments and errors as `encode_chat`'s."""
     check_messages(messages)
     if template is not None:
         bos, eos = (getattr(tokenizer, name, None) or "" for name in ("bos_token", "eos_token"))
-        text = render_chat(template, messages, add_generation_prompt, bos, eos)
-    elif getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
+        return render_chat(template, messages, add_generation_prompt, bos, eos)
+    if getattr(tokenizer, "chat_template", None):
+        return tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
         )
-    else:
-        raise ValueError(
-            f"template: the tokenizer has no chat template; name one of {_fallback_names()}"
-        )
-    # Templates write the begin token themselves: adding it would double it.
-    return _encode(tokenizer, text, add_special_tokens=False)
+    raise ValueError(
+        f"template: the tokenizer has no chat template; name one of {_fallback_names()}"
+    )
 
 
 def render_chat(
@@ -148,12 +161,12 @@ def turn_messages(
     return [*messages, {"role": "user", "content": turns[len(answers)]}]
 
 
-def conversation_messages(row: str) -> list[Message]:
-    """The messages of a raw row (`corpora.local_documents`): OpenAI's or ShareGPT's keys.
+def conversation_messages(row: str | dict) -> list[Message]:
+    """The messages of a raw row, a dict or its JSON: OpenAI's or ShareGPT's keys.
 
     Raises ValueError, naming the message and the field, for a row of another shape.
     """
-    messages = _raw_messages(row)
+    messages = raw_messages(row)
     check_messages(messages)
     return messages
 
@@ -163,16 +176,16 @@ def first_question(row: str) -> str | None:
 
     Crawled conversations often begin in the middle, with an answer: only the question is read.
     """
-    for message in _raw_messages(row):
+    for message in raw_messages(row):
         content = message["content"]
         if message["role"] == "user" and isinstance(content, str) and content.strip():
             return content
     return None
 
 
-def _raw_messages(row: str) -> list[Message]:
+def raw_messages(row: str | dict) -> list[Message]:
     try:
-        fields = json.loads(row)
+        fields = row if isinstance(row, dict) else json.loads(row)
     except json.JSONDecodeError as error:
         raise ValueError(f"conversation: not JSON ({error})") from error
     fields = fields if isinstance(fields, dict) else {}
@@ -183,7 +196,8 @@ def _raw_messages(row: str) -> list[Message]:
     for item in items:
         role = item.get("role", item.get("from"))
         content = item.get("content", item.get("value"))
-        messages.append({"role": _SHAREGPT_ROLES.get(role, role), "content": content})
+        role = _ROLE_NAMES.get(role, role) if isinstance(role, str) else role
+        messages.append({"role": role, "content": content})
     return messages
 
 

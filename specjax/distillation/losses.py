@@ -13,13 +13,20 @@ def shift(x_BxT, offset: int):
     return jnp.pad(x_BxT[:, offset:], padding)
 
 
-def label_mask(supervised_BxT, depths: int):
+def label_mask(supervised_BxT, depths: int, segments_BxT=None):
     """bool BxTxN: whether depth i's label, token x_{t+1+i}, exists and is supervised.
+
+    Where rows hold several texts, `segments_BxT` says whose each token is: a text has no labels in
+    the next one.
 
     The mask follows the label, not the row: row t at depth i counts by token t+1+i. (Leaving it
     unshifted is the commonest bug in released trainers.)
     """
-    return jnp.stack([shift(supervised_BxT, 1 + i) for i in range(1, depths + 1)], axis=-1)
+    labelled = [shift(supervised_BxT, 1 + i) for i in range(1, depths + 1)]
+    if segments_BxT is not None:
+        own = (shift(segments_BxT, 1 + i) == segments_BxT for i in range(1, depths + 1))
+        labelled = [a & b for a, b in zip(labelled, own, strict=True)]
+    return jnp.stack(labelled, axis=-1)
 
 
 def cross_entropy(teacher_probs, student_logits):

@@ -21,7 +21,7 @@ from specjax.cache import KVCache, causal_cache_mask
 from specjax.drafters.learned import LearnedDrafter
 from specjax.drafters.proposals import KINDS, draw_children, log_law
 from specjax.drafters.stopping import POLICIES, acceptance_logit
-from specjax.models.transformer import causal_mask
+from specjax.models.transformer import text_layout
 from specjax.sampling import argmax
 from specjax.trees import Topology, chain
 
@@ -193,9 +193,8 @@ class ChainDrafter(LearnedDrafter):
 
     # ---- training --------------------------------------------------------------------------------
 
-    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
-        B, T = tokens_BxT.shape
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        hidden, _ = self.states(params, target_params, tokens_BxT, positions, causal_mask(T))
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
+        layout = text_layout(tokens_BxT, segments_BxT)
+        hidden, _ = self.states(params, target_params, tokens_BxT, *layout)
         hidden = jnp.pad(hidden[:, 1:], ((0, 0), (0, 1), (0, 0)))  # row t reads out after x_{t+1}
         return [hidden], [hidden]

@@ -27,7 +27,7 @@ from specjax.cache import KVCache, causal_cache_mask, empty_cache, tree_cache_ma
 from specjax.drafters.features import FeatureDrafter, FeatureState
 from specjax.drafters.parallel import BackboneDrafter
 from specjax.models.layers import Attention, RMSNorm
-from specjax.models.transformer import make_block
+from specjax.models.transformer import make_block, text_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +126,7 @@ class DFlash(BackboneDrafter, FeatureDrafter):
 
     # ---- training --------------------------------------------------------------------------------
 
-    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
         """Every row's token is the root of a block, which sees the features up to that row.
 
         The context rows are projected once. Blocks run `anchors` at a time and are recomputed in
@@ -139,7 +139,7 @@ class DFlash(BackboneDrafter, FeatureDrafter):
         M, A = self.block_size, min(self.anchors, T)
         R, pieces = A * M, -(-T // A)
         cache = empty_cache(self.block, B, T + R, taps_BxTxM.dtype, self.cache_layers)
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+        positions, mask = text_layout(tokens_BxT, segments_BxT)
         causal = causal_cache_mask(cache.lengths_B, T, cache.slots)
         _, cache = self.forward_rows(
             params, target_params, taps_BxTxM, tokens_BxT, positions, causal, cache
@@ -151,14 +151,15 @@ class DFlash(BackboneDrafter, FeatureDrafter):
 
         @jax.checkpoint
         def piece(start):
-            row_A = start + jnp.arange(A, dtype=jnp.int32)
-            context_RxT = jnp.arange(T) <= row_A[block_R][:, None]
+            row_A = jnp.minimum(start + jnp.arange(A), T - 1)  # what pads the last piece is cut off
+            context = jnp.repeat(mask[:, row_A], M, axis=1)  # a text's own rows up to the root's
+            same_block = jnp.broadcast_to(same_block_RxR, (len(context), R, R))
             hidden_BxAxMxD, _ = self.denoise(
                 params,
                 target_params,
                 jax.lax.dynamic_slice_in_dim(roots, start, A, axis=1),
-                jnp.broadcast_to(row_A + 1, (B, A)),
-                jnp.concatenate([context_RxT, same_block_RxR], axis=1)[None],
+                positions[:, row_A] + 1,
+                jnp.concatenate([context, same_block], axis=2),
                 cache,
             )
             return hidden_BxAxMxD[:, :, 1:]

@@ -23,7 +23,7 @@ from specjax.drafters.features import (
 )
 from specjax.drafters.proposals import KINDS, beam_step, draw_children, log_law
 from specjax.models.config import ModelConfig
-from specjax.models.transformer import head_VxD
+from specjax.models.transformer import head_VxD, text_layout
 from specjax.sampling import argmax
 from specjax.trees import Topology, best_of_pool, branching, chain, tree_of
 
@@ -170,15 +170,13 @@ class Eagle3(FeatureDrafter):
         x, kv = self.step(params, target_params, g, tokens, positions, mask, kv, cache.lengths_B)
         return [x], cache.replace(k=(kv[0],), v=(kv[1],))
 
-    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
         """Training-time test.
 
         Step i feeds the previous step's output with ground-truth x_{t+1+i} at RoPE position t+i; it
         attends to step-0 keys of rows <= t and to its own row's keys of steps 1..i.
         """
-        B, T = tokens_BxT.shape
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        mask = jnp.tril(jnp.ones((1, T, T), bool))
+        positions, mask = text_layout(tokens_BxT, segments_BxT)
         x = self.fuse(params, taps_BxTxM)
         x, first = self.step(params, target_params, x, tokens_BxT, positions, mask, None)
         hidden, own = [x], ()

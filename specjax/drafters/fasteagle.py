@@ -32,7 +32,7 @@ from specjax.drafters.features import (
 from specjax.drafters.parallel import BackboneDrafter
 from specjax.models.layers import RMSNorm
 from specjax.models.linear import linear
-from specjax.models.transformer import make_block
+from specjax.models.transformer import make_block, text_layout
 
 ENTRIES = ("fc2h", "wide_qkv", "sampled")
 
@@ -145,10 +145,8 @@ class FastEagle(BackboneDrafter, FeatureDrafter):
             cache = cache.replace(k=tuple(ks), v=tuple(vs))
         return hidden, handed, cache
 
-    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
-        T = tokens_BxT.shape[1]
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), tokens_BxT.shape)
-        mask = jnp.tril(jnp.ones((1, T, T), bool))
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
+        positions, mask = text_layout(tokens_BxT, segments_BxT)
         hidden, handed, _ = self._cascade(
             params, target_params, taps_BxTxM, tokens_BxT, positions, mask, None
         )

@@ -140,8 +140,10 @@ class FastEagleX(FastEagle):
         state = super().normed(params, state)
         return state + shift if shift.shape[-1] else state
 
-    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
-        hidden, features = super().teach(params, target_params, taps_BxTxM, tokens_BxT)
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
+        hidden, features = super().teach(
+            params, target_params, taps_BxTxM, tokens_BxT, segments_BxT
+        )
         if not self.rank:
             return hidden, features
         shifted = []

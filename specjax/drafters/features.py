@@ -94,13 +94,13 @@ class FeatureDrafter(LearnedDrafter):
         """Runs rows through the drafter's layers; returns (hidden per depth, cache)."""
         raise NotImplementedError
 
-    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
         """`teach` with each row's own inputs: features g_t and tokens_BxT[:, t] = x_{t+1}."""
         raise NotImplementedError
 
-    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
         following = jnp.pad(tokens_BxT[:, 1:], ((0, 0), (0, 1)))  # the last row has no label
-        return self.unroll(params, target_params, taps_BxTxM, following)
+        return self.unroll(params, target_params, taps_BxTxM, following, segments_BxT)
 
     # ---- state -------------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ class LearnedDrafter(Drafter):
         """Depths that `teach` trains."""
         return self.depth
 
-    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
         """Teacher-forced forward over a text: (hidden, features), lists of `unrolled` states BxTxD.
 
         Row t stands for the round whose root is x_{t+1}; entry i-1 (layer or step i) drafts
@@ -38,6 +38,9 @@ class LearnedDrafter(Drafter):
         Args:
           taps_BxTxM: the target's tapped features, None where `taps` is empty.
           tokens_BxT: the text, x_t in row t.
+          segments_BxT: where a row holds several texts, whose each token is: `text_layout` has the
+            positions and the mask that keep them apart. States whose label is another text's may
+            be anything.
         """
         raise NotImplementedError
 

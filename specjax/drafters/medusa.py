@@ -181,6 +181,6 @@ class Medusa(ParallelDrafter):
 
     # ---- training ----------------------------------------------------------------------------
 
-    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
         hidden = self._heads(params, taps_BxTxM, self.heads)
         return hidden, hidden

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from specjax.cache import causal_cache_mask
 from specjax.drafters.features import FeatureDrafter, FeatureState, MidLayer
 from specjax.drafters.parallel import BackboneDrafter
-from specjax.models.transformer import causal_mask, make_block
+from specjax.models.transformer import make_block, text_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,15 +126,13 @@ class PEagle(BackboneDrafter, FeatureDrafter):
         tree = self.draw_tree(params, target_params, rows_BxNxD, context.root_B(), key)
         return tree, state.replace(cache=cache)
 
-    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT):
+    def unroll(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
         """Row t drafts from true rows <= t: its mask rows see no other row's.
 
         Depth i is a block of T mask rows, row t's at RoPE position t + i - 1, that attends to the
         true rows' keys as those do, and to its own row's keys in the blocks before.
         """
-        B, T = tokens_BxT.shape
-        positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        mask = causal_mask(T)
+        positions, mask = text_layout(tokens_BxT, segments_BxT)
         rows = self._true_rows(params, target_params, taps_BxTxM, tokens_BxT)
         x, true = self._layers(params, *rows, positions, mask)
         g, e = (jnp.broadcast_to(m, x.shape) for m in self._mask_row(params, taps_BxTxM.dtype))

@@ -216,8 +216,8 @@ class Rasd(Drafter):
     def init_head(self, target_params, vocab_ids):
         return self._drafter.init_head(target_params, vocab_ids)
 
-    def teach(self, params, target_params, taps_BxTxM, tokens_BxT):
-        return self._drafter.teach(params, target_params, taps_BxTxM, tokens_BxT)
+    def teach(self, params, target_params, taps_BxTxM, tokens_BxT, segments_BxT=None):
+        return self._drafter.teach(params, target_params, taps_BxTxM, tokens_BxT, segments_BxT)
 
     def normed(self, params, hidden):
         return self._drafter.normed(params, hidden)

@@ -93,6 +93,23 @@ def causal_mask(T: int):
     return jnp.tril(jnp.ones((1, T, T), bool))
 
 
+def text_layout(tokens_BxT, segments_BxT=None):
+    """(positions BxT, mask) of whole texts read at once: RoPE positions, and which rows see which.
+
+    A row is one text at positions 0..T-1 under a causal mask, 1xTxT; or several, `segments_BxT`
+    numbering the text of each token (neighbours differ, padding has a number of its own). Then
+    positions restart with every text and the mask, BxTxT, ends at its borders.
+    """
+    B, T = tokens_BxT.shape
+    place_T = jnp.arange(T, dtype=jnp.int32)
+    if segments_BxT is None:
+        return jnp.broadcast_to(place_T, (B, T)), causal_mask(T)
+    begins_BxT = jnp.diff(segments_BxT, axis=1, prepend=segments_BxT[:, :1] - 1) != 0
+    first_BxT = jax.lax.cummax(jnp.where(begins_BxT, place_T, 0), axis=1)
+    same_BxTxT = segments_BxT[:, :, None] == segments_BxT[:, None]
+    return place_T - first_BxT, causal_mask(T) & same_BxTxT
+
+
 def forward(
     params,
     config: ModelConfig,
@@ -150,6 +167,16 @@ def forward(
     entering = dict(zip(inner, tapped, strict=True)) | {config.num_layers: hidden}
     taps_BxTxM = jnp.concatenate([entering[tap] for tap in taps], axis=-1) if taps else None
     return ForwardOut(hidden, taps_BxTxM, cache)
+
+
+def text_features(params, config: ModelConfig, taps, tokens_BxT, segments_BxT=None) -> dict:
+    """What training reads of a target: {"hidden": BxTxD, the LM head's input, "taps": BxTxM}.
+
+    Without taps there is no entry of that name. `segments_BxT` as in `text_layout`.
+    """
+    layout = text_layout(tokens_BxT, segments_BxT)
+    out = forward(params, config, tokens_BxT, *layout, taps=taps)
+    return {"hidden": out.hidden_BxTxD} | ({"taps": out.taps_BxTxM} if taps else {})
 
 
 def _unrolled(run, layers, x, cache, taps):

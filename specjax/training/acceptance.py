@@ -39,25 +39,28 @@ def weighted_loss(logits, labels, weight: float = REJECTION_WEIGHT, where=None):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _states_and_labels(definition, config, params, target_params, tokens_BxT, supervised_BxT, key):
+def _states_and_labels(definition, config, params, target_params, rows, key):
     """(states that read a token BxTxD, its label, whether it counts) of one batch of texts."""
+    tokens_BxT = rows["tokens"]
+    layout = positions_BxT, _ = transformer.text_layout(tokens_BxT, rows.get("segments"))
     draw_key, mix_key = jax.random.split(key)
     p = jax.nn.log_softmax(
         transformer.logits_of(
-            target_params, transformer.forward(target_params, config, tokens_BxT).hidden_BxTxD
+            target_params,
+            transformer.forward(target_params, config, tokens_BxT, *layout).hidden_BxTxD,
         )
     )
-    own = transformer.forward(params, definition.model, tokens_BxT)
+    own = transformer.forward(params, definition.model, tokens_BxT, *layout)
     q = jax.nn.log_softmax(transformer.logits_of(params, own.hidden_BxTxD))
     drawn_BxT = jax.random.categorical(draw_key, q)  # row t draws x_{t+1}
     at = lambda logp: jnp.take_along_axis(logp, drawn_BxT[..., None], axis=-1)[..., 0]  # noqa: E731
     label_BxT = jnp.exp(jnp.minimum(at(p) - at(q), 0.0))
     shift = lambda x: jnp.pad(x[:, :-1], ((0, 0), (1, 0)))  # noqa: E731
     given = jax.random.uniform(mix_key, tokens_BxT.shape) < TARGET_SHARE
-    given |= jnp.arange(tokens_BxT.shape[1]) == 0
+    given |= positions_BxT == 0
     read_BxT = jnp.where(given, tokens_BxT, shift(drawn_BxT))
-    states = transformer.forward(params, definition.model, read_BxT).hidden_BxTxD
-    return states, shift(label_BxT), ~given & supervised_BxT
+    states = transformer.forward(params, definition.model, read_BxT, *layout).hidden_BxTxD
+    return states, shift(label_BxT), ~given & rows["supervised"]
 
 
 def fit_acceptance(
@@ -83,10 +86,7 @@ def fit_acceptance(
     for index in range(steps):
         rows = batch_fn(index)
         key = jax.random.fold_in(jax.random.key(seed), index)
-        batch = _states_and_labels(
-            definition, target.config, params, target.params, rows["tokens"], rows["supervised"],
-            key,
-        )  # fmt: skip
+        batch = _states_and_labels(definition, target.config, params, target.params, rows, key)
         head, opt_state, loss = step(head, opt_state, *batch)
     say(f"{drafter.name}: acceptance head fitted in {steps} steps, loss {float(loss):.3f}")
     params = drafter.params | {"buffers": buffers | {"acceptance": head}}

@@ -81,7 +81,8 @@ def train_drafter(
 
     Args:
       cfg: steps, batch_size, optimizer, loss, logging and checkpoint intervals.
-      batch_fn: (step, the drafter by then, None for any) -> {"tokens", "supervised"}, host arrays.
+      batch_fn: (step, the drafter by then, None for any) -> this process's rows of the batch, or
+        all of them in every process; host arrays as `drafter_loss` takes them.
       tree: fields of the drafter that shape the tree it is probed with.
       probe: measures decode-time tau on held-out prompts every `cfg.tau_every` steps.
       folder: the run folder.
@@ -102,19 +103,25 @@ def train_drafter(
         params = params | ({"buffers": buffers} if buffers else {})
         return dataclasses.replace(drafter, params=params)
 
+    rows_sharding = sharding.batch_sharding(mesh)
+
     def place(step, state):
-        rows = batch_fn(step, with_params(state.params))
-        return sharding.place(rows, sharding.batch_sharding(mesh))
+        # A process has its own rows of the batch, or all of them and keeps its own.
+        def whole(array):
+            shape = (cfg.batch_size, *array.shape[1:])
+            return jax.make_array_from_process_local_data(rows_sharding, array, shape)
+
+        return jax.tree.map(whole, batch_fn(step, state and with_params(state.params)))
 
     def evaluate(state):
         # The state is donated to the next step: decode with a copy of its parameters.
         params = jax.tree.map(lambda w: jax.device_put(w.copy()), state.params)
         return {"tau": probe(target, with_params(params).with_budget(**tree))}
 
-    rows = batch_fn(0, None)["tokens"]
-    tokens_per_step = int(rows.shape[0] * rows.shape[1])
+    first = place(0, None)
+    tokens_per_step = first["tokens"].size
     checkpoints = Checkpoints(folder / "checkpoints" / label.replace("/", "-"))
-    flops = (step.lower(state, frozen, batch_fn(0, None)).cost_analysis() or {}).get("flops", 0.0)
+    flops = (step.lower(state, frozen, first).cost_analysis() or {}).get("flops", 0.0)
     state = fit(
         f"train/{label}", state, frozen, step, place, cfg.steps,
         checkpoints=checkpoints, checkpoint_every=cfg.checkpoint_every, metrics=metrics,

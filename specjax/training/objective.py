@@ -88,6 +88,8 @@ def drafter_loss(
       frozen: {"target": its parameters, "buffers": the drafter's constants, "reference": trained
         parameters of a reference drafter, where the gate compares with one}; no gradient.
       batch: {"tokens": BxT int32, "supervised": BxT bool, tokens whose prediction is trained;
+        "segments": BxT int32, where a row holds several texts (`transformer.text_layout`);
+        "features": {"hidden": BxTxD, "taps": BxTxM}, the target's forward if it was run before;
         "recorded": BxTxN bool, where the gate asks for it}.
       step: steps done, traced; for schedules.
       key: for gates that sample.
@@ -97,25 +99,28 @@ def drafter_loss(
       cross-entropy or divergence `ce_i`, top-1 agreement with the target `agree_i`; with a gate the
       mean weight `kept_i` and what it reports itself (SpecKD: acceptance, `accepted_i`).
     """
-    tokens_BxT, config = batch["tokens"], definition.target
+    tokens_BxT, segments_BxT = batch["tokens"], batch.get("segments")
+    config = definition.target
     target = frozen["target"]
     key = jax.random.key(0) if key is None else key
-    out = transformer.forward(target, config, tokens_BxT, taps=definition.taps)
-    teacher_BxTxD = jax.lax.stop_gradient(out.hidden_BxTxD)
-    taps = jax.lax.stop_gradient(out.taps_BxTxM)
+    features = batch.get("features") or transformer.text_features(
+        target, config, definition.taps, tokens_BxT, segments_BxT
+    )
+    features = jax.lax.stop_gradient(features)
+    teacher_BxTxD, taps = features["hidden"], features.get("taps")
     buffers = {"buffers": frozen["buffers"]} if frozen["buffers"] else {}
     params = params | buffers
-    hidden, features = definition.teach(params, target, taps, tokens_BxT)
+    hidden, aligned = definition.teach(params, target, taps, tokens_BxT, segments_BxT)
     N, T = len(hidden), tokens_BxT.shape[1]
-    labelled_BxTxN = losses.label_mask(batch["supervised"], N)
+    labelled_BxTxN = losses.label_mask(batch["supervised"], N, segments_BxT)
     vocab_ids = definition.vocab_ids(params)
     head_WxD = definition.head(params, target)
     read = [definition.normed(params, h) for h in hidden]
-    aligned = [definition.normed(params, f) for f in features] if objective.feature else read
+    aligned = [definition.normed(params, f) for f in aligned] if objective.feature else read
     reference = None
     if "reference" in frozen:
         other = jax.lax.stop_gradient(frozen["reference"]) | buffers
-        states, _ = definition.teach(other, target, taps, tokens_BxT)
+        states, _ = definition.teach(other, target, taps, tokens_BxT, segments_BxT)
         reference = [definition.normed(other, h) for h in states]
         reference_head_WxD = definition.head(other, target)
     # Teacher rows run N past the student's; the padding is masked out by the weights.

@@ -15,7 +15,8 @@ import pathlib
 import numpy as np
 
 from specjax import processes
-from specjax.data.regenerate import Rows, by_length, continued, pad_rows
+from specjax.data.regenerate import by_length, continued
+from specjax.data.rows import Rows, pad_rows
 from specjax.files import replacing
 from specjax.generation import TrainedDrafter, make_engine
 from specjax.models.target import Target
@@ -74,7 +75,12 @@ class OwnRows:
         self, rows: Rows, prompts: list[list[int]], target: Target, how: Writing,
         supervise_prompt: bool, folder,
     ):  # fmt: skip
-        """`prompts[i]` is what row i of `rows` continues."""
+        """`prompts[i]` is what row i of `rows` continues; `rows` are whole batches.
+
+        All processes write together, so each must know the rows of all.
+        """
+        if rows.shared:
+            raise ValueError("rows: whole batches expected, not one process's part of them")
         if len(prompts) != rows.count:
             raise ValueError(f"prompts: {len(prompts)} for {rows.count} rows")
         self.rows, self.prompts, self.target, self.how = rows, prompts, target, how
@@ -106,7 +112,7 @@ class OwnRows:
         path = self.folder / f"{time}.npz"
         if not processes.first(path.is_file):
             steps = range(time * self.how.refresh, (time + 1) * self.how.refresh)
-            places = sorted({p for s in steps for p in np.array(self.rows.picks(s))[self.own(s)]})
+            places = sorted({p for s in steps for p in self.rows.picks(s)[self.own(s)]})
             prompts = [self.prompts[p] for p in places]
             seed = self.rows.seed + 1000 * time
             sequences = write(self.target, drafter, prompts, self.how, seed)

@@ -217,8 +217,9 @@ def test_labels_are_the_chance_of_acceptance_at_the_state_that_read_the_token(ta
     tokens = np.random.default_rng(0).integers(12, size=(2, 9)).astype(np.int32)
     counted = np.ones((2, 9), bool)
     definition, key = drafter.definition, jax.random.key(3)
+    rows = {"tokens": tokens, "supervised": counted}
     states, labels, counts = _states_and_labels(
-        definition, target.config, drafter.params, target.params, tokens, counted, key
+        definition, target.config, drafter.params, target.params, rows, key
     )
     model = Target("draft", definition.model, drafter.params, None)
     p, q = (jax.nn.softmax(m.logits(tokens)) for m in (target, model))

@@ -12,7 +12,7 @@ import pytest
 
 from configs import builtin_target, common, eagle3, fasteagle
 from experiments.compare import any_paths, budgets_of
-from specjax.data.regenerate import Rows, pad_rows
+from specjax.data.rows import Rows, pad_rows
 from specjax.data.windows import Windows
 from specjax.distillation.deepkd import STREAMS, DeepKD, deepkd_trace
 from specjax.distillation.gsnr import probe_gsnr

@@ -7,7 +7,7 @@ import pytest
 from toys import toy_target
 
 import specjax
-from specjax.data.regenerate import Rows, pad_rows
+from specjax.data.rows import Rows, pad_rows
 from specjax.training.sources import OwnRows, Writing, write
 
 PROMPTS = [[1 + i, 2, 3 + i] for i in range(6)]
@@ -90,3 +90,6 @@ def test_bad_settings_are_named(target, tmp_path):
         own_rows(target, tmp_path, refresh=0)
     with pytest.raises(ValueError, match="prompts: 1 for 6 rows"):
         OwnRows(given(), PROMPTS[:1], target, HOW, True, tmp_path)
+    part = Rows(given().rows, 2, 0, process_index=1, process_count=2)
+    with pytest.raises(ValueError, match="rows: whole batches expected"):
+        OwnRows(part, PROMPTS, target, HOW, True, tmp_path)
