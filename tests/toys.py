@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import decoding
+from specjax.drafters import Context
 from specjax.generation import request_keys
 from specjax.models.config import ModelConfig
 from specjax.models.target import Target
@@ -104,3 +105,8 @@ def run_recording(engine, params, state):
 def _host(state):
     """A copy on the host (keys left out: they never change)."""
     return jax.tree.map(np.array, state.replace(keys_B=None))
+
+
+def whole_prompt(committed) -> Context:
+    """The context of a prefill whose rows are the whole prompt; no tokens are read from it."""
+    return Context(committed.tokens_BxA, committed.counts_B + 1)

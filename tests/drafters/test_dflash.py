@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import toy_target
+from toys import toy_target, whole_prompt
 
 import specjax
 from specjax.drafters import DFlash
@@ -273,7 +273,7 @@ def drafted(case, definition, keys=None):
         repeat = lambda x: jnp.repeat(jnp.asarray(x)[None], len(ROWS), axis=0)  # noqa: E731
         state = definition.init_state(len(ROWS), T + 1 + definition.scratch, jnp.float32)
         rows = Committed(repeat(case.tokens), repeat(case.taps), jnp.asarray(ROWS))
-        state = definition.prefill(params, target_params, state, rows, None)
+        state = definition.prefill(params, target_params, state, rows, whole_prompt(rows))
         context = Context(repeat(case.text), jnp.asarray(ROWS + 1))
         return definition.draft(params, target_params, state, context, keys)[0]
 

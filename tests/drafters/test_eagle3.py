@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import toy_target
+from toys import toy_target, whole_prompt
 
 import specjax
 from specjax.drafters import Eagle3
@@ -80,7 +80,7 @@ def test_unrolling_equals_decoding_the_same_tokens_step_by_step(target, params, 
         state = definition.init_state(B, T + 8, jnp.float32)
         repeat = lambda x: jnp.repeat(jnp.asarray(x)[None], B, axis=0)  # noqa: E731
         committed = Committed(repeat(tokens), repeat(taps), jnp.asarray(rows + 1))
-        state = definition.prefill(params, target_params, state, committed, None)
+        state = definition.prefill(params, target_params, state, committed, whole_prompt(committed))
         context = Context(repeat(words), jnp.asarray(rows + 2))
         tree, _ = definition.draft(params, target_params, state, context, None)
         return tree.tokens_T, jnp.stack(seen)
@@ -114,7 +114,7 @@ def drafted(target, definition, params, text):
         repeat = lambda x: jnp.repeat(jnp.asarray(x)[None], B, axis=0)  # noqa: E731
         state = definition.init_state(B, T + 4 + definition.scratch, jnp.float32)
         committed = Committed(repeat(tokens), repeat(taps), jnp.asarray(ROWS))
-        state = definition.prefill(params, target_params, state, committed, None)
+        state = definition.prefill(params, target_params, state, committed, whole_prompt(committed))
         context = Context(repeat(words), jnp.asarray(ROWS + 1))
         return definition.draft(params, target_params, state, context, None)[0]
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import toy_target
+from toys import toy_target, whole_prompt
 
 import specjax
 from specjax.cache import empty_cache
@@ -172,7 +172,7 @@ def drafted(case, definition, params):
         repeat = lambda x: jnp.repeat(jnp.asarray(x)[None], B, axis=0)  # noqa: E731
         state = definition.init_state(B, T + 8, jnp.float32)
         rows = Committed(repeat(case.tokens), repeat(case.taps), jnp.asarray(ROWS))
-        state = definition.prefill(params, target_params, state, rows, None)
+        state = definition.prefill(params, target_params, state, rows, whole_prompt(rows))
         context = Context(repeat(case.text), jnp.asarray(ROWS + 1))
         return definition.draft(params, target_params, state, context, None)[0]
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toys import toy_target
+from toys import toy_target, whole_prompt
 
 import specjax
 from specjax.drafters import PEagle
@@ -95,7 +95,7 @@ def test_unrolling_equals_drafting_round_by_round(case):
         state = definition.init_state(B, T + 2 * N, jnp.float32)
         repeat = lambda x: jnp.repeat(jnp.asarray(x)[None], B, axis=0)  # noqa: E731
         rows = Committed(repeat(case.tokens), repeat(case.taps), jnp.asarray(prompts))
-        return definition.prefill(params, target_params, state, rows, None)
+        return definition.prefill(params, target_params, state, rows, whole_prompt(rows))
 
     @jax.jit
     def draft(params, target_params, state):
@@ -196,7 +196,7 @@ def test_the_draft_is_the_teacher_forced_readout_in_backbone_order(case, budget)
         repeat = lambda x: jnp.repeat(jnp.asarray(x)[None], B, axis=0)  # noqa: E731
         state = definition.init_state(B, T + 2 * depth, jnp.float32)
         committed = Committed(repeat(case.tokens), repeat(case.taps), jnp.asarray(rows))
-        state = definition.prefill(params, target_params, state, committed, None)
+        state = definition.prefill(params, target_params, state, committed, whole_prompt(committed))
         context = Context(repeat(case.text), jnp.asarray(rows + 1))
         return definition.draft(params, target_params, state, context, None)[0]
 
