@@ -104,22 +104,13 @@ def load_target(
             f"{folder / 'tokenizer.json'}: {len(tokenizer)} tokens, but config.json has "
             f"vocab_size {config.vocab_size}"
         )
-    placed = _placer(jnp.dtype(dtype), mesh)
-    params = load_params(folder, config, placed)
-    if scan_layers:
-        params = transformer.stack_layers(params)
+    sharding_of = None
     if mesh is not None:
-        from specjax.training.sharding import shardings
+        from specjax.training import sharding
 
-        params = jax.device_put(params, shardings(mesh, params))
+        if hasattr(sharding, "check_mesh"):
+            sharding.check_mesh(mesh, config)
+        sharding_of = functools.partial(sharding.leaf_sharding, mesh)
+    params = load_params(folder, config, dtype, sharding_of, scan_layers)
     name = "builtin" if folder == BUILTIN else folder.name
     return Target(name, config, params, tokenizer, mesh)
-
-
-def _placer(dtype, mesh):
-    """(path, host array) -> device array in `dtype`, sharded as soon as it is read."""
-    if mesh is None:
-        return lambda path, array: jnp.asarray(array).astype(dtype)
-    from specjax.training.sharding import leaf_sharding
-
-    return lambda path, array: jax.device_put(array.astype(dtype), leaf_sharding(mesh, path, array))
