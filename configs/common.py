@@ -99,6 +99,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.train.batch_size = 4
     config.train.optimizer = optimizer()
     config.train.loss = loss()
+    config.train.remat = False  # recompute the drafter's layers in the backward pass: less memory
     config.train.source = "target"  # who writes the training text: one of `training.sources`
     config.train.own_share = 0.5  # of the rows that the drafter writes, source "mix"
     config.train.refresh = 30  # steps between two writings of the drafter

@@ -131,7 +131,7 @@ def train_drafter(
 def set_up(target, drafter, cfg, mesh, seed=0, reference: TrainedDrafter | None = None):
     """(compiled step, state before the first one, what it reads besides) on their mesh."""
     trainable, buffers = split_buffers(drafter.params)
-    objective = make_objective(cfg.loss, cfg.steps)
+    objective = dataclasses.replace(make_objective(cfg.loss, cfg.steps), remat=cfg.remat)
     step, optimizer = compiled_step(
         drafter.definition, objective, cfg.optimizer.to_json(), cfg.steps
     )
