@@ -28,8 +28,8 @@ from specjax.models.config import ModelConfig, config_to_hf, read_config
 def _qkv_kernel(config: ModelConfig, q, k, v):
     """[H*K, D] and two [G*K, D] matrices -> DxGx(R+2)xK, grouped by key/value head."""
     G, K = config.num_kv_heads, config.head_dim
-    parts = [w.T.reshape(w.shape[1], G, -1, K) for w in (q, k, v)]
-    return jnp.concatenate(parts, axis=2)
+    parts = [w.reshape(G, -1, K, w.shape[1]) for w in (q, k, v)]
+    return jnp.concatenate(parts, axis=1).transpose(3, 0, 1, 2)
 
 
 def _split_qkv(config: ModelConfig, kernel):
@@ -65,7 +65,7 @@ def _transpose_one(config, w):
 
 
 def _gate_up(config, gate, up):
-    return jnp.stack([gate.T, up.T], axis=1)
+    return jnp.stack([gate, up]).transpose(2, 0, 1)
 
 
 def _split_gate_up(config, w):
