@@ -108,6 +108,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.train.batch_size = 4
     config.train.optimizer = optimizer()
     config.train.loss = loss()
+    config.train.remat = False  # recompute the drafter's layers in the backward pass: less memory
     config.train.source = "target"  # who writes the training text: one of `training.sources`
     # Folder for the target's features of the training rows, written once and read instead of the
     # target's forward; "" = none. Runs may share it

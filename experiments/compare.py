@@ -220,6 +220,7 @@ def prepare(config: ConfigDict, folder) -> Bench:
         config.target.dtype,
         mesh if sharded else None,
         config.target.scan_layers,
+        config.sharding_rules,
     )
     prompts, rows = training_data(config, target, folder)
     tasks = {

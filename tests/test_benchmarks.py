@@ -58,3 +58,13 @@ def test_transformers_and_specjax_give_the_same_tokens(tmp_path):
     assert list(rows) == ["transformers greedy", "transformers prompt lookup", "specjax vanilla"]
     assert all(row["identical"] + row["ties"] == row["prompts"] for row in rows.values())
     assert all(row["ms_per_token"] > 0 for row in rows.values())
+
+
+def test_load_weighs_every_way_of_loading(tmp_path):
+    file = tmp_path / "load.json"
+    done = run("load", f"--target={TINY}", "--shards=2", "--repeats=1", f"--json={file}")
+    assert done.returncode == 0, done.stderr
+    rows = {row["form"]: row for row in json.loads(file.read_text())["rows"]}
+    assert list(rows) == ["specjax", "specjax, scan_layers", "naive"]
+    assert len({row["held"] for row in rows.values()}) == 1
+    assert all(row["seconds"] > 0 for row in rows.values())

@@ -65,8 +65,7 @@ class DraftModel(ChainDrafter):
         if target.tokenizer is not None and (folder / "tokenizer.json").is_file():
             if load_tokenizer(folder).get_vocab() != target.tokenizer.get_vocab():
                 raise ValueError(f"{folder / 'tokenizer.json'}: not the target's vocabulary")
-        place = lambda path, array: jnp.asarray(array).astype(target.params["embed"].dtype)  # noqa: E731
-        return {"own_model": model}, load_params(folder, model, place)
+        return {"own_model": model}, load_params(folder, model, target.params["embed"].dtype)
 
     def init(self, key, target_params):
         """A fresh model; embedding and head start from the target's where they fit."""

@@ -18,7 +18,7 @@ from specjax.cache import KVCache, causal_cache_mask, empty_cache
 from specjax.drafters.base import Committed
 from specjax.drafters.learned import LearnedDrafter
 from specjax.models.config import ModelConfig
-from specjax.models.layers import MLP, Attention, RMSNorm
+from specjax.models.layers import MLP, Attention, Layer, RMSNorm
 from specjax.models.linear import linear
 from specjax.models.rope import rope_tables
 
@@ -31,7 +31,7 @@ class FeatureState:
     pending: Committed  # A = depth + 1
 
 
-class MidLayer(nn.Module):
+class MidLayer(Layer):
     """EAGLE-3's layer: attention reads [norm(e), norm(g)] (2D wide), the residual is g itself.
 
     Source: arXiv 2503.01840 and its released code (fasteagle reference 2.1).

@@ -11,7 +11,7 @@ import numpy as np
 
 from specjax.files import write_safetensors, write_text
 from specjax.models.config import ModelConfig
-from specjax.models.hf import Checkpoint
+from specjax.models.hf import LAYER_WEIGHTS, Checkpoint, layer_paths, layer_shapes
 from specjax.models.target import Target
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -123,6 +123,19 @@ class Tensors(Checkpoint):
         array = super().read(name, shape, *args)
         self._unread.discard(name)
         return array
+
+    def read_layer(
+        self, prefix: str, config: ModelConfig, in_dim: int | None = None, outputs: int = 1
+    ) -> dict[str, Any]:
+        """One layer's parameters from the tensors below `prefix`; see `hf.layer_shapes`."""
+        shapes, layer = layer_shapes(config, in_dim, outputs), {}
+        for keys in layer_paths(config):
+            form, node = LAYER_WEIGHTS[keys], layer
+            for key in keys[:-1]:
+                node = node.setdefault(key, {})
+            parts = (self.read(prefix + name, shapes[name]) for name in form.names)
+            node[keys[-1]] = form.fuse(config, *parts)
+        return layer
 
     def finish(self) -> None:
         """Refuses tensors that nothing has read: they belong to a variant that we do not have."""

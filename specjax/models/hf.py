@@ -2,25 +2,34 @@
 
 One table, `LAYER_WEIGHTS`, says how a fused parameter of ours is made from checkpoint tensors and
 cut back into them; everything else follows from it.
+
+A target may be larger than the host's memory. Each device's slice of each tensor is read on its
+own and the tensors are fused, cast and transposed where they arrive: the host never holds more than
+one slice, the devices never more than the model and one layer.
 """
 
+import dataclasses
+import functools
 import json
-import os
 import pathlib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from specjax.files import write_safetensors, write_text
-from specjax.models.config import ModelConfig, config_to_hf, read_config, read_json
+from specjax.models.checkpoint import WEIGHT_DTYPES, Checkpoint
+from specjax.models.config import ModelConfig, config_to_hf, read_config
 
 
 def _qkv_kernel(config: ModelConfig, q, k, v):
     """[H*K, D] and two [G*K, D] matrices -> DxGx(R+2)xK, grouped by key/value head."""
     G, K = config.num_kv_heads, config.head_dim
-    parts = [w.T.reshape(w.shape[1], G, -1, K) for w in (q, k, v)]
-    return np.concatenate(parts, axis=2)
+    parts = [w.reshape(G, -1, K, w.shape[1]) for w in (q, k, v)]
+    return jnp.concatenate(parts, axis=1).transpose(3, 0, 1, 2)
 
 
 def _split_qkv(config: ModelConfig, kernel):
@@ -31,7 +40,7 @@ def _split_qkv(config: ModelConfig, kernel):
 
 def _qkv_bias(config: ModelConfig, q, k, v):
     G, K = config.num_kv_heads, config.head_dim
-    return np.concatenate([b.reshape(G, -1, K) for b in (q, k, v)], axis=1)
+    return jnp.concatenate([b.reshape(G, -1, K) for b in (q, k, v)], axis=1)
 
 
 def _split_qkv_bias(config: ModelConfig, bias):
@@ -56,29 +65,41 @@ def _transpose_one(config, w):
 
 
 def _gate_up(config, gate, up):
-    return np.stack([gate.T, up.T], axis=1)
+    return jnp.stack([gate, up]).transpose(2, 0, 1)
 
 
 def _split_gate_up(config, w):
     return [w[:, 0].T, w[:, 1].T]
 
 
-# Anything else is quantised, and a plain cast would not undo that.
-WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
-_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+class Layout(NamedTuple):
+    """How one parameter of ours lies in a checkpoint."""
 
-# ours -> (checkpoint names below the layer's prefix, fuse, split)
-LAYER_WEIGHTS: dict[tuple[str, ...], tuple[tuple[str, ...], Callable, Callable]] = {
-    ("attn_norm", "scale"): (("input_layernorm.weight",), _same, _one),
-    ("attn", "qkv"): (tuple(f"{n}.weight" for n in _QKV), _qkv_kernel, _split_qkv),
-    ("attn", "qkv_bias"): (tuple(f"{n}.bias" for n in _QKV), _qkv_bias, _split_qkv_bias),
-    ("attn", "q_norm", "scale"): (("self_attn.q_norm.weight",), _same, _one),
-    ("attn", "k_norm", "scale"): (("self_attn.k_norm.weight",), _same, _one),
-    ("attn", "o"): (("self_attn.o_proj.weight",), _transpose, _transpose_one),
-    ("attn", "o_bias"): (("self_attn.o_proj.bias",), _same, _one),
-    ("mlp_norm", "scale"): (("post_attention_layernorm.weight",), _same, _one),
-    ("mlp", "gate_up"): (("mlp.gate_proj.weight", "mlp.up_proj.weight"), _gate_up, _split_gate_up),
-    ("mlp", "down"): (("mlp.down_proj.weight",), _transpose, _transpose_one),
+    names: tuple[str, ...]  # of its tensors
+    fuse: Callable  # (config, *tensors) -> the parameter
+    split: Callable  # (config, parameter) -> the tensors
+    # Our axis that runs along each axis of the tensors, or whose groups of rows do: what splits it
+    # over devices splits them.
+    axes: tuple[int, ...]
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_QKV_WEIGHTS = tuple(f"{n}.weight" for n in _QKV)
+_QKV_BIASES = tuple(f"{n}.bias" for n in _QKV)
+_GATE_UP_WEIGHTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+
+# Ours -> names below the layer's prefix.
+LAYER_WEIGHTS: dict[tuple[str, ...], Layout] = {
+    ("attn_norm", "scale"): Layout(("input_layernorm.weight",), _same, _one, (0,)),
+    ("attn", "qkv"): Layout(_QKV_WEIGHTS, _qkv_kernel, _split_qkv, (1, 0)),
+    ("attn", "qkv_bias"): Layout(_QKV_BIASES, _qkv_bias, _split_qkv_bias, (0,)),
+    ("attn", "q_norm", "scale"): Layout(("self_attn.q_norm.weight",), _same, _one, (0,)),
+    ("attn", "k_norm", "scale"): Layout(("self_attn.k_norm.weight",), _same, _one, (0,)),
+    ("attn", "o"): Layout(("self_attn.o_proj.weight",), _transpose, _transpose_one, (1, 0)),
+    ("attn", "o_bias"): Layout(("self_attn.o_proj.bias",), _same, _one, (0,)),
+    ("mlp_norm", "scale"): Layout(("post_attention_layernorm.weight",), _same, _one, (0,)),
+    ("mlp", "gate_up"): Layout(_GATE_UP_WEIGHTS, _gate_up, _split_gate_up, (2, 0)),
+    ("mlp", "down"): Layout(("mlp.down_proj.weight",), _transpose, _transpose_one, (1, 0)),
 }
 
 
@@ -125,116 +146,159 @@ def layer_shapes(
     }
 
 
-class Checkpoint:
-    """Lazy reader over the safetensors shards of a folder; tensors are read one at a time.
+EMBED, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 
-    Raises:
-      FileNotFoundError: no weights, or a shard that the index names is missing.
-      ValueError: a shard is truncated or not safetensors.
-    """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = pathlib.Path(folder)
-        index, single = (
-            self.folder / "model.safetensors.index.json",
-            self.folder / "model.safetensors",
-        )
-        if index.is_file():
-            where = read_json(index).get("weight_map")
-            if not (isinstance(where, dict) and all(isinstance(v, str) for v in where.values())):
-                raise ValueError(f"{index}: not a safetensors index: weight_map names no shards")
-        elif single.is_file():
-            where = None
-        else:
-            pickles = sorted(p.name for p in self.folder.glob("*.bin"))
-            hint = f" ({pickles[0]} is pickle, which is never loaded)" if pickles else ""
-            raise FileNotFoundError(f"{single}: missing; weights load from safetensors only{hint}")
-        shards = {"model.safetensors"} if where is None else set(where.values())
-        self._files, self.names = {}, {}
-        for shard in sorted(shards):
-            path = self.folder / shard
-            if not path.is_file():
-                raise FileNotFoundError(f"{path}: missing, though {index.name} names it")
-            try:
-                self._files[shard] = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path}: truncated or not safetensors: {error}") from error
-            self.names |= {name: shard for name in self._files[shard].keys()}
+def layer_prefix(i: int) -> str:
+    """What the names of layer i's tensors begin with."""
+    return f"model.layers.{i}."
 
-    def read(self, name: str, shape: tuple[int, ...], dtypes=WEIGHT_DTYPES) -> np.ndarray:
-        """One tensor; checks its presence, shape and dtype."""
-        if name not in self.names:
-            raise ValueError(f"{self.folder}: tensor {name} is missing")
-        path = self.folder / self.names[name]
-        array = self._files[self.names[name]].get_tensor(name)
-        if array.shape != shape:
-            raise ValueError(f"{path}: {name} has shape {array.shape}, config.json asks {shape}")
-        if array.dtype.name not in dtypes:
-            raise ValueError(
-                f"{path}: {name} has dtype {array.dtype.name}; one of {dtypes} is expected"
-            )
-        return array
 
-    def read_layer(
-        self, prefix: str, config: ModelConfig, in_dim: int | None = None, outputs: int = 1
-    ):
-        """One layer's parameter tree from the tensors below `prefix` (e.g. "model.layers.0.")."""
-        shapes, layer = layer_shapes(config, in_dim, outputs), {}
-        for path in layer_paths(config):
-            names, fuse, _ = LAYER_WEIGHTS[path]
-            value = fuse(config, *(self.read(prefix + n, shapes[n]) for n in names))
-            node = layer
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-            node[path[-1]] = value
-        return layer
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors that a checkpoint of this config holds."""
+    D, V = config.hidden_size, config.vocab_size
+    shapes = {EMBED: (V, D), FINAL_NORM: (D,)}
+    if not config.tie_word_embeddings:
+        shapes[HEAD] = (V, D)
+    one = layer_shapes(config)
+    names = [name for path in layer_paths(config) for name in LAYER_WEIGHTS[path].names]
+    for i in range(config.num_layers):
+        shapes |= {layer_prefix(i) + name: one[name] for name in names}
+    return shapes
 
 
 def split_layer(layer, config: ModelConfig, prefix: str) -> dict[str, np.ndarray]:
-    """The inverse of `Checkpoint.read_layer`: checkpoint tensors by full name."""
+    """The inverse of `Loader.layer`: checkpoint tensors by full name."""
     tensors = {}
     for path in layer_paths(config):
         node = layer
         for key in path:
             node = node[key]
-        names, _, split = LAYER_WEIGHTS[path]
-        parts = split(config, np.asarray(node))
-        tensors |= {prefix + n: np.ascontiguousarray(p) for n, p in zip(names, parts, strict=True)}
+        layout = LAYER_WEIGHTS[path]
+        parts = layout.split(config, np.asarray(node))
+        pairs = zip(layout.names, parts, strict=True)
+        tensors |= {prefix + n: np.ascontiguousarray(p) for n, p in pairs}
     return tensors
 
 
-def load_params(folder, config: ModelConfig, place: Callable = lambda path, array: array):
-    """Reads a target's parameters (layers as a list).
+# (path such as "layers/0/attn/qkv", the parameter's shape) -> where it goes
+ShardingOf = Callable[[str, jax.ShapeDtypeStruct], Sharding]
+
+
+@functools.lru_cache(maxsize=256)
+def _fused(fuse: Callable, config: ModelConfig, dtype, sharding: Sharding | None):
+    """Fuses and casts tensors on the devices that hold their slices; nothing moves between them."""
+    return jax.jit(lambda *parts: fuse(config, *parts).astype(dtype), out_shardings=sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Reads parameters of a geometry into device memory.
+
+    Attributes:
+      dtype: of the parameters; None keeps the checkpoint's.
+      sharding_of: None is the default device.
+    """
+
+    checkpoint: Checkpoint
+    config: ModelConfig
+    dtype: Any = None
+    sharding_of: ShardingOf | None = None
+
+    def load(self, path: str, shapes: dict[str, tuple[int, ...]], fuse=_same, axes=()):
+        """The parameter `path` from tensors by name; `fuse` and `axes` as in `Layout`."""
+        stored = jnp.result_type(*map(self.checkpoint.dtype, shapes))
+        dtype = jnp.dtype(self.dtype or stored)
+        parts = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes.values()]
+        like = jax.eval_shape(functools.partial(fuse, self.config), *parts)
+        whole = slices = self.sharding_of and self.sharding_of(path, like)
+        if axes and isinstance(whole, NamedSharding):
+            spec = [*whole.spec, *[None] * like.ndim]
+            slices = NamedSharding(whole.mesh, PartitionSpec(*(spec[axis] for axis in axes)))
+        parts = [self.checkpoint.put(name, shape, slices) for name, shape in shapes.items()]
+        if fuse is _same and stored == dtype:
+            return parts[0]
+        return jax.block_until_ready(_fused(fuse, self.config, dtype, whole)(*parts))
+
+    def layer(self, prefix: str, path: str, in_dim: int | None = None) -> dict[str, Any]:
+        """One layer from the tensors below `prefix` (e.g. "model.layers.0.").
+
+        Args:
+          path: what `sharding_of` finds it under, e.g. "layers/0".
+          in_dim: as in `layer_shapes`.
+        """
+        shapes, layer = layer_shapes(self.config, in_dim), {}
+        for keys in layer_paths(self.config):
+            names, fuse, _, axes = LAYER_WEIGHTS[keys]
+            node = layer
+            for key in keys[:-1]:
+                node = node.setdefault(key, {})
+            parts = {prefix + name: shapes[name] for name in names}
+            node[keys[-1]] = self.load("/".join((path, *keys)), parts, fuse, axes)
+        return layer
+
+    def stacked(self) -> dict[str, Any]:
+        """All layers as one, with a leading L axis, filled layer by layer in place."""
+        for i in range(self.config.num_layers):
+            layer = self.layer(layer_prefix(i), f"layers/{i}")
+            if i == 0:
+                stack = jax.tree_util.tree_map_with_path(self._empty, layer)
+            stack = jax.block_until_ready(_write_layer(stack, layer, i))
+        return stack
+
+    def _empty(self, keys, leaf):
+        """The stacked parameter that layers with this leaf go into."""
+        shape, dtype = (self.config.num_layers, *leaf.shape), leaf.dtype
+        path = "layers/" + jax.tree_util.keystr(keys, simple=True, separator="/")
+        sharding = self.sharding_of and self.sharding_of(path, jax.ShapeDtypeStruct(shape, dtype))
+        return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(stack, layer, i):
+    write = lambda s, w: jax.lax.dynamic_update_index_in_dim(s, w, i, axis=0)  # noqa: E731
+    return jax.tree.map(write, stack, layer)
+
+
+def load_params(
+    folder,
+    config: ModelConfig,
+    dtype=None,
+    sharding_of: ShardingOf | None = None,
+    scan_layers: bool = False,
+):
+    """Reads a target's parameters into device memory.
 
     Args:
       folder: a Hugging Face folder.
       config: its geometry.
-      place: called with (path, host array) for every parameter as soon as it is read, and returns
-        what to keep: a cast, a device put, a sharded put. Host memory holds one layer at a time.
+      dtype: of the parameters; None keeps the checkpoint's.
+      sharding_of: where each goes; None is the default device.
+      scan_layers: one stacked layer in place of a list.
+
+    Raises:
+      FileNotFoundError: a file is missing.
+      ValueError: files are damaged, or a tensor is missing or not what `config` asks; nothing has
+        been read by then.
     """
     checkpoint = Checkpoint(folder)
-    D, V = config.hidden_size, config.vocab_size
-    embed_name, head_name = "model.embed_tokens.weight", "lm_head.weight"
-    if config.tie_word_embeddings and embed_name not in checkpoint.names:
-        embed_name = head_name  # tied checkpoints may store the shared matrix under either name
-
-    def placed(tree, prefix):
-        if isinstance(tree, dict):
-            return {k: placed(v, f"{prefix}/{k}") for k, v in tree.items()}
-        return place(prefix, tree)
-
-    params = {
-        "embed": place("embed", checkpoint.read(embed_name, (V, D))),
-        "layers": [
-            placed(checkpoint.read_layer(f"model.layers.{i}.", config), f"layers/{i}")
-            for i in range(config.num_layers)
-        ],
-        "final_norm": {
-            "scale": place("final_norm/scale", checkpoint.read("model.norm.weight", (D,)))
-        },
-    }
+    shapes = tensor_shapes(config)
+    if config.tie_word_embeddings and EMBED not in checkpoint.names:
+        # Tied checkpoints may store the shared matrix under either name.
+        shapes = {HEAD if name == EMBED else name: shape for name, shape in shapes.items()}
+    checkpoint.check(shapes)
+    loader = Loader(checkpoint, config, dtype, sharding_of)
+    load = lambda path, name: loader.load(path, {name: shapes[name]})  # noqa: E731
+    params = {"embed": load("embed", EMBED if EMBED in shapes else HEAD)}
+    if scan_layers:
+        params["layers"] = loader.stacked()
+    else:
+        params["layers"] = [
+            loader.layer(layer_prefix(i), f"layers/{i}") for i in range(config.num_layers)
+        ]
+    params["final_norm"] = {"scale": load("final_norm/scale", FINAL_NORM)}
     if not config.tie_word_embeddings:
-        params["head"] = place("head", checkpoint.read(head_name, (V, D)))
+        params["head"] = load("head", HEAD)
     return params
 
 
@@ -256,4 +320,12 @@ def save_target(folder, config: ModelConfig, params, dtype: str = "bfloat16"):
     write_text(folder / "config.json", text)
 
 
-__all__ = ["Checkpoint", "load_params", "read_config", "save_target", "split_layer"]
+__all__ = [
+    "WEIGHT_DTYPES",
+    "Checkpoint",
+    "Loader",
+    "load_params",
+    "read_config",
+    "save_target",
+    "split_layer",
+]

@@ -1,5 +1,8 @@
 """The decoder layer: RMSNorm, grouped-query attention over an explicit cache, SwiGLU."""
 
+import contextlib
+import contextvars
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -130,7 +133,34 @@ class MLP(nn.Module):
         return linear(hidden, down)
 
 
-class Block(nn.Module):
+_recomputing = contextvars.ContextVar("recomputing", default=False)
+
+
+@contextlib.contextmanager
+def recomputed_layers():
+    """Gradients of what is traced within recompute every `Layer` instead of keeping its insides.
+
+    Of each layer only the inputs outlive the forward pass, at the price of running it twice.
+    """
+    token = _recomputing.set(True)
+    try:
+        yield
+    finally:
+        _recomputing.reset(token)
+
+
+class Layer(nn.Module):
+    """A module of which a stack is made: what `recomputed_layers` takes as one piece."""
+
+    @nn.nowrap
+    def apply(self, variables, *args, **kwargs):
+        run = super().apply
+        if _recomputing.get():
+            run = jax.checkpoint(run)
+        return run(variables, *args, **kwargs)
+
+
+class Block(Layer):
     """Pre-norm decoder layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
     With `outputs` > 1 the MLP ends in as many parts, each added to the same residual: a tuple.

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from specjax import sharding
 from specjax.models import transformer
 from specjax.models.config import ModelConfig, read_config
 from specjax.models.hf import load_params
-from specjax.sharding import fetch
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 DTYPES = ("float32", "bfloat16")
@@ -47,7 +47,7 @@ class Target:
     def fingerprint(self) -> str:
         """Identifies the weights a drafter was made for, whatever dtype they were loaded in."""
         scale, embed = self.params["final_norm"]["scale"], self.params["embed"][:64]
-        bits = b"".join(fetch(w.astype(jnp.bfloat16)).tobytes() for w in (scale, embed))
+        bits = b"".join(sharding.fetch(w.astype(jnp.bfloat16)).tobytes() for w in (scale, embed))
         return hashlib.sha256(bits).hexdigest()[:16]
 
 
@@ -77,7 +77,11 @@ def resolve_folder(folder_or_hub_id: str) -> pathlib.Path:
 
 
 def load_target(
-    folder_or_hub_id: str, dtype: str = "float32", mesh=None, scan_layers: bool = False
+    folder_or_hub_id: str,
+    dtype: str = "float32",
+    mesh=None,
+    scan_layers: bool = False,
+    rules: sharding.Rules = (),
 ) -> Target:
     """Loads a Llama-family model; no torch is needed and nothing in the folder is executed.
 
@@ -86,6 +90,7 @@ def load_target(
       dtype: "float32" or "bfloat16", of parameters and activations.
       mesh: a ("data", "fsdp", "tensor") mesh to shard over; None is the default device.
       scan_layers: stack the layers and scan them (short compile times on deep models).
+      rules: how parameters are split over the mesh, before `sharding.MODEL_RULES`.
 
     Raises:
       FileNotFoundError: no such folder, or a file that the folder must have is missing.
@@ -104,22 +109,11 @@ def load_target(
             f"{folder / 'tokenizer.json'}: {len(tokenizer)} tokens, but config.json has "
             f"vocab_size {config.vocab_size}"
         )
-    placed = _placer(jnp.dtype(dtype), mesh)
-    params = load_params(folder, config, placed)
-    if scan_layers:
-        params = transformer.stack_layers(params)
+    sharding_of = None
     if mesh is not None:
-        from specjax.sharding import shardings
-
-        params = jax.device_put(params, shardings(mesh, params))
+        sharding.check_mesh(mesh, config)
+        rules = (*rules, *sharding.MODEL_RULES)
+        sharding_of = functools.partial(sharding.leaf_sharding, mesh, rules=rules)
+    params = load_params(folder, config, dtype, sharding_of, scan_layers)
     name = "builtin" if folder == BUILTIN else folder.name
     return Target(name, config, params, tokenizer, mesh)
-
-
-def _placer(dtype, mesh):
-    """(path, host array) -> device array in `dtype`, sharded as soon as it is read."""
-    if mesh is None:
-        return lambda path, array: jnp.asarray(array).astype(dtype)
-    from specjax.sharding import leaf_sharding
-
-    return lambda path, array: jax.device_put(array.astype(dtype), leaf_sharding(mesh, path, array))

@@ -140,7 +140,7 @@ def set_up(target, drafter, cfg, mesh, seed=0, reference: TrainedDrafter | None 
     """(compiled step, state before the first one, what it reads besides) on their mesh."""
     rules = (*drafter.definition.partition, *sharding.MODEL_RULES) if rules is None else rules
     trainable, buffers = split_buffers(drafter.params)
-    objective = make_objective(cfg.loss, cfg.steps)
+    objective = dataclasses.replace(make_objective(cfg.loss, cfg.steps), remat=cfg.remat)
     step, optimizer = compiled_step(
         drafter.definition, objective, cfg.optimizer.to_json(), cfg.steps
     )

@@ -8,6 +8,7 @@ all of them into weights; the loss is the weighted sum over the count of supervi
 """
 
 import dataclasses
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from specjax.distillation.divergences import get_divergence
 from specjax.distillation.gates import Gate, get_gate
 from specjax.drafters.learned import LearnedDrafter
 from specjax.models import transformer
+from specjax.models.layers import recomputed_layers
 from specjax.models.linear import readout
 from specjax.sampling import argmax
 
@@ -39,6 +41,7 @@ class Objective:
         token, and of Smooth-L1 against the target's LM-head input.
       decay: depth i weighs decay^(i-1).
       chunk: rows of full-vocabulary logits held at once, 0 = all.
+      remat: recompute the drafter's layers in the backward pass.
     """
 
     divergence: str
@@ -50,6 +53,7 @@ class Objective:
     feature: float
     decay: float
     chunk: int
+    remat: bool = False
 
     @property
     def streams(self) -> int:
@@ -110,7 +114,8 @@ def drafter_loss(
     teacher_BxTxD, taps = features["hidden"], features.get("taps")
     buffers = {"buffers": frozen["buffers"]} if frozen["buffers"] else {}
     params = params | buffers
-    hidden, aligned = definition.teach(params, target, taps, tokens_BxT, segments_BxT)
+    with recomputed_layers() if objective.remat else nullcontext():
+        hidden, aligned = definition.teach(params, target, taps, tokens_BxT, segments_BxT)
     N, T = len(hidden), tokens_BxT.shape[1]
     labelled_BxTxN = losses.label_mask(batch["supervised"], N, segments_BxT)
     vocab_ids = definition.vocab_ids(params)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from specjax.data.tokenizer import save_tokenizer, train_bpe
+from specjax.models.checkpoint import Checkpoint
 from specjax.models.config import config_to_hf, read_config
 from specjax.models.hf import load_params, save_target
 from specjax.models.target import load_target
@@ -226,6 +227,51 @@ def test_missing_tensor(folder):
     del tensors[name]
     save_file(tensors, shard)
     fails(folder, name, "missing")
+
+
+@pytest.fixture
+def unread(monkeypatch):
+    """Fails the test where a weight is read."""
+    monkeypatch.setattr(Checkpoint, "read", lambda *_, **__: pytest.fail("a weight was read"))
+
+
+def reindex(folder, change):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    change(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+LAST = "model.norm.weight"  # read last: what it lacks must show before that
+
+
+def test_an_index_that_lacks_a_tensor(folder, unread):
+    reindex(folder, lambda where: where.pop(LAST))
+    fails(folder, "model.safetensors.index.json", LAST, "missing")
+
+
+def test_an_index_that_names_what_its_shard_lacks(folder, unread):
+    others = {p.name for p in folder.glob("model-*")} - {shard_of(folder, LAST).name}
+    wrong = sorted(others)[0]
+    reindex(folder, lambda where: where.update({LAST: wrong}))
+    fails(folder, wrong, LAST, "missing", "model.safetensors.index.json")
+
+
+def test_a_tensor_in_no_shard(folder, unread):
+    rewrite(folder, num_hidden_layers=2)
+    fails(folder, "model.safetensors.index.json", "model.layers.1.", "missing")
+
+
+def test_an_index_that_names_a_shard_which_is_not_there(folder, unread):
+    reindex(folder, lambda where: where.update({LAST: "model-00004-of-00003.safetensors"}))
+    words = "model-00004-of-00003.safetensors", "model.safetensors.index.json"
+    fails(folder, *words, error=FileNotFoundError)
+
+
+def test_sizes_that_disagree(folder, unread):
+    shard = shard_of(folder, LAST)
+    save_file(load_file(shard) | {LAST: np.zeros(31, np.float32)}, shard)
+    fails(folder, shard.name, LAST, "(31,)", "(32,)")
 
 
 @pytest.mark.parametrize(
