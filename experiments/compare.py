@@ -155,8 +155,8 @@ def batches(
             raise ValueError(f"{field}: rows of train.source {cfg.source!r} change in training")
     if config.data.packing:
         rows = pack_rows(rows)
-    alone = (0, 1) if written or whole else ()
-    stream = Rows(rows, cfg.batch_size, seed, *alone)
+    share = sharding.process_share(bench.mesh, cfg.batch_size)
+    stream = Rows(rows, cfg.batch_size, seed, *((0, 1) if written or whole else share))
     if cfg.cache_features:
         cache = FeatureCache(cfg.cache_features, target, taps, rows, cfg.batch_size)
         return with_features(stream, cache)

@@ -160,6 +160,39 @@ def batch_sharding(mesh: Mesh, rows: int | None = None) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec() if whole else PartitionSpec(BATCH_AXES))
 
 
+def process_share(mesh: Mesh, rows: int) -> tuple[int, int]:
+    """(which part of a batch this process's devices hold, of how many), counted in equal parts.
+
+    Where tensor parallelism spans processes, several hold the same part.
+    """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    bounds = [part[0].indices(rows)[:2] for part in parts]
+    first, last = min(b[0] for b in bounds), max(b[1] for b in bounds)
+    return first // (last - first), rows // (last - first)
+
+
+def rows_over_mesh(x, whole: bool = True):
+    """States Bx... with their rows split over data and fsdp, where a mesh has been set.
+
+    Without it XLA may rather split the sums inside products than gather a weight that fsdp splits,
+    and every device then holds the activations of fsdp times as many rows. The other dimensions are
+    `whole` or as XLA likes.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % (mesh.shape["data"] * mesh.shape["fsdp"]):
+        return x
+    others = () if whole else (PartitionSpec.UNCONSTRAINED,) * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES, *others))
+
+
+def gathered(table_VxD):
+    """An embedding whose rows are whole, where a mesh has been set: what is looked up in it need
+    not be put together from pieces that belong to other rows."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return table_VxD
+    return jax.lax.with_sharding_constraint(table_VxD, PartitionSpec("tensor", None))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """One whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -1,7 +1,9 @@
 """On eight simulated devices, under several meshes: the numbers of one device."""
 
+import contextlib
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.skipif(len(jax.devices()) != 8, reason="needs eight (si
 def whole(scan: bool = False):
     """A target on one device whose every dimension divides by 8, or by 4 for its k/v heads."""
     target = random_target(
-        vocab_size=64, intermediate_size=48, num_heads=8, num_kv_heads=4, qk_norm=True
+        vocab_size=64, intermediate_size=48, num_layers=3, num_heads=8, num_kv_heads=4
     )
     params = stack_layers(target.params) if scan else target.params
     return dataclasses.replace(target, params=params)
@@ -93,35 +95,77 @@ def test_training(name, fields, optimizer, shape):
     mesh = sharding.make_mesh(shape)
     losses, params = trained(whole(), one, name, optimizer, **fields)
     # The target's layout and the drafter's are independent.
-    for rules in (None, sharding.REPLICATED):
+    for rules in (None, sharding.REPLICATED)[: 2 if name == "fasteagle" else 1]:
         found, weights = trained(spread(shape), mesh, name, optimizer, rules, **fields)
         np.testing.assert_allclose(found, losses, rtol=2e-5)
         for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(params), strict=True):
             np.testing.assert_allclose(a, b, atol=2e-4)
 
 
-CASES = [(name, label) for name in DRAFTERS for label in VARIANTS.get(name, {"default": {}})]
+@pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)], ids=str)
+def test_a_device_holds_the_states_of_its_own_rows_only(shape):
+    """fsdp splits work as well as weights: no product sees a whole batch, nor all rows of data."""
+    mesh, target = sharding.make_mesh(shape), spread(shape)
+    drafter = specjax.init_drafter("fasteagle", whole(), seed=1, num_layers=2)
+    step, state, frozen = set_up(target, drafter, training_config("adamw"), mesh)
+    batch = sharding.place(rows(), sharding.batch_sharding(mesh))
+    text = step.lower(state, frozen, batch).compile().as_text()
+    own = 8 // (shape[0] * shape[1])
+    found = {int(n) for n in re.findall(r"f32\[(\d+),24,32\]", text)}
+    assert max(found) == own
+    # A matrix product flattens rows and positions.
+    flat = {int(n) for n in re.findall(r"f32\[(\d+),\d+\]\S* dot\(", text)}
+    assert own * 24 in flat and not flat & {n * 24 for n in (2, 4, 8) if n > own}
 
 
-@pytest.mark.parametrize("name, label", CASES, ids=str)
-def test_decoding(name, label):
-    """Greedy output is plain decoding's, whole or split; a round keeps its layout."""
-    fields = VARIANTS.get(name, {}).get(label, {})
-    plain = specjax.generate(whole(), PROMPTS, max_new_tokens=12, stop_tokens=()).tokens
+CASES = [
+    pytest.param(name, next(iter(VARIANTS.get(name, {"": {}}).values())), rules, id=f"{name}-{how}")
+    for name in DRAFTERS
+    for how, rules in (("split", None), ("replicated", sharding.REPLICATED))
+    if how == "split" or name in ("fasteagle", "draft_model")
+]
+
+
+@pytest.mark.parametrize("name, fields, rules", CASES)
+def test_decoding(name, fields, rules):
+    """Greedy output is plain decoding's, split or not; a round keeps its layout, compiled once."""
     target = spread((2, 2, 2))
-    drafter = specjax.init_drafter(name, target, seed=1, **fields)
-    for rules in (None, sharding.REPLICATED):
-        placed = drafter.on(target.mesh, rules)
-        engine, params = make_engine(target, placed, stop_tokens=())
-        assert engine.layout.drafter_sharded == (rules is None and bool(placed.params)) or (
-            not placed.definition.trained
-        )
-        state = start(engine, params, PROMPTS, 12)
-        before = jax.tree.map(lambda x: x.sharding, state)
-        compiled = decoding.jit_round._cache_size()
-        state = decoding.jit_round(engine, params, state)
-        assert jax.tree.map(lambda x: x.sharding, state) == before
-        state = decoding.run_host(engine, params, state)
-        assert decoding.jit_round._cache_size() == compiled + 1
-        tokens, _ = specjax.generation.collect(state)
-        assert tokens == plain
+    drafter = specjax.init_drafter(name, target, seed=1, **fields).on(target.mesh, rules)
+    engine, params = make_engine(target, drafter, stop_tokens=())
+    assert engine.layout.drafter_sharded == (rules is None and drafter.definition.trained)
+    state = start(engine, params, PROMPTS, 12)
+    before = jax.tree.map(lambda x: x.sharding, state)
+    assert before.cache.k[0].spec[:2] == (("data", "fsdp"), "tensor")
+    state = decoding.jit_round(engine, params, state)
+    assert jax.tree.map(lambda x: x.sharding, state) == before
+    with no_compilation():
+        state = decoding.run_host(engine, params, decoding.jit_round(engine, params, state))
+    assert specjax.generation.collect(state)[0] == plain()
+
+
+@functools.cache
+def plain():
+    return specjax.generate(whole(), PROMPTS, max_new_tokens=12, stop_tokens=()).tokens
+
+
+def test_few_prompts_on_many_devices():
+    """A batch that the devices do not divide is decoded whole on each."""
+    out = specjax.generate(spread((2, 2, 2)), PROMPTS[:1], max_new_tokens=12, stop_tokens=())
+    assert out.tokens == plain()[:1]
+
+
+@contextlib.contextmanager
+def no_compilation():
+    """Fails if XLA compiles a round within."""
+    compiled = []
+
+    def listen(event, seconds, **details):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details.get("fun_name", "?"))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not [name for name in compiled if "round" in name], compiled

@@ -4,29 +4,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from configs import common
+from specjax.distillation.deepkd import DeepKD
+from specjax.drafters import DRAFTERS
 from specjax.models.config import ModelConfig
 from specjax.models.transformer import init_params, stack_layers
 from specjax.sharding import (
     AXES,
     MODEL_RULES,
     batch_sharding,
+    check_mesh,
     check_rules,
     leaf_sharding,
     make_mesh,
     path_of,
     replicated,
     shardings,
+    spec_of,
     specs,
 )
+from specjax.training.drafter import split_buffers
+from specjax.training.optimizers import make_optimizer
+from specjax.training.state import create
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=8,
     num_kv_heads=4, head_dim=8, qkv_bias=True, o_bias=True, qk_norm=True,
 )  # fmt: skip
-RULES = ((r".*/kernel", P("fsdp", "tensor")), (r".*/bias", P()), (r"scale", P(None)))
+RULES = (("kernel", ("fsdp", "tensor")), ("bias", ()), ("scale", (None,)))
 
 
 def abstract(*shape):
@@ -40,6 +48,15 @@ def parameters(**changes):
     )
 
 
+DRAFTERS_TO_PLACE = [
+    *((name, {}) for name in DRAFTERS if name != "kangaroo"),
+    ("kangaroo", {"exit_layer": 1}),
+    ("fasteagle", {"entry": "wide_qkv", "draft_vocab_size": 32}),
+    ("fasteagle", {"entry": "sampled"}),
+    ("fasteagle_x", {"rank": 4}),
+    ("draft_model", {"stop": "specdec"}),
+    ("rasd", {"inner": "fasteagle"}),
+]
 TREE = {"a": {"kernel": abstract(4, 6), "bias": abstract(6)}, "scale": abstract(6)}
 
 
@@ -63,34 +80,45 @@ def test_first_matching_rule_wins():
         "a": {"kernel": P("fsdp", "tensor"), "bias": P()},
         "scale": P(None),
     }
-    first = specs(TREE, ((r"a/.*", P("data")), *RULES))
-    assert first["a"] == {"kernel": P("data"), "bias": P("data")} and first["scale"] == P(None)
+    first = specs(TREE, (("a/.*", ("data",)), *RULES))
+    assert first["a"] == {"kernel": P(None, "data"), "bias": P("data")}
+    assert first["scale"] == P(None)
+
+
+def test_one_rule_serves_a_parameter_wherever_it_is():
+    """Inside optimiser state and other drafters, and with leading axes, which stay whole."""
+    for path in ("kernel", "params/kernel", "opt_state/1/0/mu/layers/3/kernel"):
+        assert spec_of(path, (4, 6), RULES) == P("fsdp", "tensor")
+        assert spec_of(path, (3, 2, 4, 6), RULES) == P(None, None, "fsdp", "tensor")
+    assert spec_of("opt_state/count", (), RULES) == P()
+    with pytest.raises(ValueError, match="no rule matches parameter opt_state/other"):
+        spec_of("opt_state/other", (2,), RULES)
 
 
 def test_a_parameter_without_a_rule_is_an_error():
     for missing, rules in (("scale", RULES[:2]), ("a/kernel", RULES[1:]), ("a/bias", RULES[::2])):
         with pytest.raises(ValueError, match=f"no rule matches parameter {missing}"):
             specs(TREE, rules)
-    # A rule has to match the whole path, not some of it.
-    with pytest.raises(ValueError, match="no rule matches parameter a/bias"):
-        specs(TREE, ((r"a/b", P()), *RULES[::2]))
+    # A rule has to match whole names, up to the end of the path.
+    for part in ("a/b", "ias", "a"):
+        with pytest.raises(ValueError, match="no rule matches parameter a/bias"):
+            specs(TREE, ((part, ()), *RULES[::2]))
     with pytest.raises(ValueError, match="no rule matches parameter a/bias"):
         leaf_sharding(pretend_mesh(1, 1, 1), "a/bias", abstract(6), RULES[::2])
 
 
 def test_a_rule_that_matches_nothing_is_an_error():
     check_rules(TREE, RULES)
-    for typo in (r".*/kernels", r"a/kerne", r"bias"):
-        with pytest.raises(
-            ValueError, match=f"rule {typo!r} matches no parameter".replace("*", r"\*")
-        ):
-            check_rules(TREE, ((typo, P()), *RULES))
+    for typo in ("kernels", "a/kerne", "b/bias"):
+        with pytest.raises(ValueError, match=f"rule {typo!r} matches no parameter"):
+            check_rules(TREE, ((typo, ()), *RULES))
 
 
 def test_a_rule_of_too_many_dimensions_is_an_error():
     with pytest.raises(ValueError, match=r"does not fit a/bias of shape \(6,\)"):
-        specs(TREE, ((r"a/.*", P("fsdp", "tensor")), *RULES))
-    assert specs(TREE, ((r"a/.*", P("fsdp", "tensor")), *RULES), strict=False)["scale"] == P(None)
+        specs(TREE, (("a/.*", ("fsdp", "tensor")), *RULES))
+    with pytest.raises(ValueError, match="does not fit"):  # nor so many that it cannot be meant
+        spec_of("scale", (2, 2, 2, 6), RULES)
 
 
 def test_model_rules_cover_a_target():
@@ -101,17 +129,44 @@ def test_model_rules_cover_a_target():
         shapes, found = by_path(tree), by_path(specs(tree, MODEL_RULES))
         assert set(shapes) == set(found)
         for path, leaf in shapes.items():
-            names = set(found[path]) - {None}
-            small = path.rsplit("/", 1)[-1] in ("scale", "qkv_bias", "o_bias")
-            assert names == (set() if small else {"fsdp", "tensor"}), path
-            # A spec may be shorter than the shape for replicated leaves only.
-            assert small or len(found[path]) == leaf.ndim, path
-            if layout == "stacked" and "layers" in path and not small:
+            names, last = set(found[path]) - {None}, path.rsplit("/", 1)[-1]
+            split = {"scale": set(), "o_bias": set(), "qkv_bias": {"tensor"}}
+            assert names == split.get(last, {"fsdp", "tensor"}), path
+            assert len(found[path]) == leaf.ndim, path
+            if layout == "stacked" and "layers" in path:
                 assert found[path][0] is None, "the L axis is scanned, not split"
     layer = by_path(specs(both["list"], MODEL_RULES))
     for path, spec in by_path(specs(both["stacked"], MODEL_RULES)).items():
-        if "layers/" in path and spec != P():
+        if "layers/" in path:
             assert spec == P(None, *layer[path.replace("layers/", "layers/1/")]), path
+
+
+@pytest.mark.parametrize("name, fields", DRAFTERS_TO_PLACE, ids=str)
+def test_every_drafter_and_its_optimiser_state_are_covered(name, fields):
+    """By rules of the drafter's own, each of which is used, and those of the model's layers."""
+    family, target = DRAFTERS[name], parameters()
+    definition = family.of(CONFIG, fields)
+    params = jax.eval_shape(lambda p: definition.init(jax.random.key(0), p), target)
+    rules = (*definition.partition, *MODEL_RULES)
+    kernels = [path for path, leaf in by_path(params).items() if leaf.ndim > 1]
+    for path, spec in by_path(specs(params, rules)).items():
+        split = set(spec) - {None}
+        assert not split if path.startswith("buffers") or path not in kernels else split, path
+    if not definition.trained:
+        return
+    trainable, _ = split_buffers(params)
+    kernels = [path for path in kernels if not path.startswith("buffers")]
+    for kind in ("adamw", "muon"):
+        for deepkd in (None, DeepKD(steps=4)):
+            cfg = common.optimizer()
+            cfg.name = kind
+            state = jax.eval_shape(
+                lambda p, cfg=cfg, deepkd=deepkd: create(p, make_optimizer(cfg, 4, deepkd)),
+                trainable,
+            )
+            found = by_path(specs(state, rules))
+            moments = [p for p in found if p.startswith("opt_state") and p.endswith(kernels[0])]
+            assert moments and all(set(found[p]) - {None} for p in moments)
 
 
 def test_heads_stay_whole_and_inputs_meet_outputs():
@@ -126,16 +181,32 @@ def test_heads_stay_whole_and_inputs_meet_outputs():
     assert shape[down].shape[spec[down].index("tensor")] == CONFIG.intermediate_size
 
 
-def test_axes_that_do_not_divide_are_dropped():
+def test_an_axis_that_does_not_divide_is_an_error():
     mesh = pretend_mesh(1, 2, 4)
-    tree = {"a": {"kernel": abstract(4, 6), "bias": abstract(6)}, "scale": abstract(8)}
-    found = shardings(mesh, tree, ((r"scale", P(("fsdp", "tensor"))), *RULES))
-    assert found["a"]["kernel"] == NamedSharding(mesh, P("fsdp", None))  # 6 over 4 ways does not go
-    assert found["scale"] == NamedSharding(mesh, P(("fsdp", "tensor")))
-    assert leaf_sharding(mesh, "a/kernel", abstract(3, 8), RULES).spec == P(None, "tensor")
-    assert leaf_sharding(
-        mesh, "scale", abstract(12), ((r"scale", P(("fsdp", "tensor"))),)
-    ).spec == P(None)
+    with pytest.raises(
+        ValueError, match=r"'tensor' = 4 does not divide dimension 1 of a/kernel, shape \(4, 6\)"
+    ):
+        shardings(mesh, TREE, RULES)
+    both = (("scale", (("fsdp", "tensor"),)),)
+    assert leaf_sharding(mesh, "scale", abstract(8), both).spec == P(("fsdp", "tensor"))
+    with pytest.raises(ValueError, match="= 8 does not divide dimension 0 of scale"):
+        leaf_sharding(mesh, "scale", abstract(12), both)
+
+
+def test_a_mesh_that_does_not_divide_the_model_is_refused_by_field():
+    check_mesh(pretend_mesh(3, 2, 4), CONFIG)
+    for mesh, words in (
+        ((1, 1, 8), "tensor = 8 does not divide num_kv_heads = 4"),
+        ((1, 3, 1), "fsdp = 3 does not divide hidden_size = 32"),
+    ):
+        with pytest.raises(ValueError, match=f"mesh: {words}"):
+            check_mesh(pretend_mesh(*mesh), CONFIG)
+
+
+def test_batches_of_decoding_are_split_where_they_can_be():
+    mesh = pretend_mesh(2, 2, 2)
+    assert batch_sharding(mesh, 8).spec == P(("data", "fsdp"))
+    assert batch_sharding(mesh, 6).spec == batch_sharding(mesh, 1).spec == P()
 
 
 def test_one_leaf_is_sharded_as_in_its_tree():

@@ -27,7 +27,7 @@ from specjax.cache import KVCache, causal_cache_mask, empty_cache, tree_cache_ma
 from specjax.drafters.features import FeatureDrafter, FeatureState
 from specjax.drafters.parallel import BackboneDrafter
 from specjax.models.layers import Attention, RMSNorm
-from specjax.models.transformer import make_block, text_layout
+from specjax.models.transformer import embedded, make_block, text_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ class DFlash(BackboneDrafter, FeatureDrafter):
         """
         B, A = roots_BxA.shape
         M, D = self.block_size, self.target.hidden_size
-        x_BxAxD = jax.lax.stop_gradient(target_params["embed"])[roots_BxA]
+        x_BxAxD = jax.lax.stop_gradient(embedded(target_params, roots_BxA))
         masks = jnp.broadcast_to(params["mask"].astype(x_BxAxD.dtype), (B, A, M - 1, D))
         x = jnp.concatenate([x_BxAxD[:, :, None], masks], axis=2).reshape(B, A * M, D)
         rope = self.rope((positions_BxA[..., None] + jnp.arange(M)).reshape(B, A * M))

@@ -23,7 +23,7 @@ from specjax.drafters.features import (
 )
 from specjax.drafters.proposals import KINDS, beam_step, draw_children, log_law
 from specjax.models.config import ModelConfig
-from specjax.models.transformer import head_VxD, text_layout
+from specjax.models.transformer import embedded, head_VxD, text_layout
 from specjax.sampling import argmax
 from specjax.trees import Topology, best_of_pool, branching, chain, tree_of
 
@@ -159,7 +159,7 @@ class Eagle3(FeatureDrafter):
 
     def step(self, params, target_params, g, tokens, positions, mask, kv, start_B=None, chain=None):
         """One pass of the layer over rows (g, embedding of tokens): (what it feeds back, kv)."""
-        e = jax.lax.stop_gradient(target_params["embed"])[tokens].astype(g.dtype)
+        e = jax.lax.stop_gradient(embedded(target_params, tokens)).astype(g.dtype)
         x, kv = self._layer.apply(
             {"params": params["midlayer"]}, g, e, self.rope(positions), mask, kv, start_B, chain
         )

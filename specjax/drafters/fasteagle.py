@@ -32,7 +32,7 @@ from specjax.drafters.features import (
 from specjax.drafters.parallel import BackboneDrafter
 from specjax.models.layers import RMSNorm
 from specjax.models.linear import linear
-from specjax.models.transformer import make_block, text_layout
+from specjax.models.transformer import embedded, make_block, text_layout
 
 ENTRIES = ("fc2h", "wide_qkv", "sampled")
 
@@ -43,8 +43,8 @@ class FastEagle(BackboneDrafter, FeatureDrafter):
 
     name: ClassVar[str] = "fasteagle"
     partition: ClassVar = (
-        ("entry|sampling/(gate|up)", ("fsdp", "tensor")),
-        ("sampling/down", ("tensor", "fsdp")),
+        ("sampling/(gate|up)", ("fsdp", "tensor")),
+        ("entry|sampling/down", ("tensor", "fsdp")),
         *FeatureDrafter.partition,
     )
 
@@ -123,7 +123,7 @@ class FastEagle(BackboneDrafter, FeatureDrafter):
     def _cascade(self, params, target_params, taps, tokens, positions, mask, cache):
         """(hidden per depth for the head, what each layer hands on, cache)."""
         g = self.fuse(params, taps)
-        e = jax.lax.stop_gradient(target_params["embed"])[tokens].astype(g.dtype)
+        e = jax.lax.stop_gradient(embedded(target_params, tokens)).astype(g.dtype)
         rope = self.rope(positions)
         start_B = None if cache is None else cache.lengths_B
         hidden, handed, ks, vs, block = [], [], [], [], self._layer

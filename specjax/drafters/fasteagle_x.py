@@ -30,6 +30,7 @@ from specjax.drafters.features import FeatureState, last_rows
 from specjax.drafters.proposals import draw_children, log_law
 from specjax.models.layers import RMSNorm
 from specjax.models.linear import linear, readout
+from specjax.models.transformer import embedded
 from specjax.sampling import top_candidates
 from specjax.trees import Topology, best_of_pool, paths, rank_paths
 
@@ -126,7 +127,7 @@ class FastEagleX(FastEagle):
     def shift(self, params, target_params, depth: int, parents_BxP):
         """What parents of these tokens add to depth `depth`'s readout state: BxPxD."""
         own = params["transition"][depth - 1]
-        e = jax.lax.stop_gradient(target_params["embed"])[parents_BxP]
+        e = jax.lax.stop_gradient(embedded(target_params, parents_BxP))
         dtype = own["shift_down"].dtype
         e = RMSNorm(self.target.rms_norm_eps).apply(
             {"params": {"scale": jnp.ones(e.shape[-1], dtype)}}, e.astype(dtype)

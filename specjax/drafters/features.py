@@ -34,7 +34,7 @@ class FeatureState:
 class MidLayer(Layer):
     """EAGLE-3's layer: attention reads [norm(e), norm(g)] (2D wide), the residual is g itself.
 
-    Source: arXiv 2503.01840 and its released code (fasteagle reference 2.1).
+    Source: arXiv 2503.01840 and its released code.
     """
 
     config: ModelConfig
@@ -59,7 +59,7 @@ class MidLayer(Layer):
 class FeatureDrafter(LearnedDrafter):
     """Drafter over the target's tapped features, with layers of the target's family."""
 
-    partition: ClassVar = (("fc", ("fsdp", "tensor")), *LearnedDrafter.partition)
+    partition: ClassVar = (("fc", ("tensor", "fsdp")), *LearnedDrafter.partition)
 
     feature_layers: tuple[int, ...] = ()  # () = the target's low, mid and high taps
     intermediate_size: int = 0  # 0 = the target's

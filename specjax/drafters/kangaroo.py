@@ -26,12 +26,12 @@ import jax.numpy as jnp
 from specjax.cache import KVCache, empty_cache
 from specjax.drafters.chain import ChainDrafter
 from specjax.models.config import ModelConfig
-from specjax.models.layers import Attention, RMSNorm
+from specjax.models.layers import Attention, Layer, RMSNorm
 from specjax.models.rope import rope_tables
-from specjax.models.transformer import head_VxD, make_block, precision_of, unstack_layers
+from specjax.models.transformer import embedded, head_VxD, make_block, precision_of, unstack_layers
 
 
-class Adapter(nn.Module):
+class Adapter(Layer):
     """x + attention(norm(x))."""
 
     config: ModelConfig
@@ -87,7 +87,7 @@ class Kangaroo(ChainDrafter):
         if not isinstance(target_params["layers"], (list, tuple)):
             target_params = unstack_layers(target_params)
         with jax.named_scope("early_layers"), precision_of(target_params):
-            x = target_params["embed"][tokens_BxT]
+            x = embedded(target_params, tokens_BxT)
             for i, layer in enumerate(target_params["layers"][:E]):
                 x, kvs[i] = block.apply({"params": layer}, x, rope, mask, kvs[i], start_B)
         x, adapter = jax.lax.stop_gradient(x), {"params": params["layers"][0]}

@@ -54,7 +54,7 @@ class Medusa(ParallelDrafter):
 
     name: ClassVar[str] = "medusa"
     partition: ClassVar = (
-        ("heads/[0-9]+/[0-9]+/fc", ("fsdp", "tensor")),
+        ("heads/[0-9]+/[0-9]+/fc", ("tensor", "fsdp")),
         ("heads/[0-9]+/[0-9]+/bias", (None,)),
         *ParallelDrafter.partition,
     )

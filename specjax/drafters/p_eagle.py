@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from specjax.cache import causal_cache_mask
 from specjax.drafters.features import FeatureDrafter, FeatureState, MidLayer
 from specjax.drafters.parallel import BackboneDrafter
-from specjax.models.transformer import make_block, text_layout
+from specjax.models.transformer import embedded, make_block, text_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class PEagle(BackboneDrafter, FeatureDrafter):
     def _true_rows(self, params, target_params, taps_BxTxM, tokens_BxT):
         """(g, e) of rows with true features and tokens."""
         g = self.fuse(params, taps_BxTxM)
-        return g, jax.lax.stop_gradient(target_params["embed"])[tokens_BxT].astype(g.dtype)
+        return g, jax.lax.stop_gradient(embedded(target_params, tokens_BxT)).astype(g.dtype)
 
     def _mask_row(self, params, dtype):
         """(g, e) of a mask row, 1x1xD each."""

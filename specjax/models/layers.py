@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from specjax.models.linear import linear
 from specjax.models.rope import rotate
+from specjax.sharding import rows_over_mesh
 
 
 class RMSNorm(nn.Module):
@@ -150,14 +151,18 @@ def recomputed_layers():
 
 
 class Layer(nn.Module):
-    """A module of which a stack is made: what `recomputed_layers` takes as one piece."""
+    """A module of which a stack is made: (states BxTxD, ...) -> (states, key/value cache).
+
+    `recomputed_layers` takes it as one piece, and a mesh splits what it passes on by rows.
+    """
 
     @nn.nowrap
     def apply(self, variables, *args, **kwargs):
         run = super().apply
         if _recomputing.get():
             run = jax.checkpoint(run)
-        return run(variables, *args, **kwargs)
+        states, kv = run(variables, *args, **kwargs)
+        return jax.tree.map(rows_over_mesh, states), kv
 
 
 class Block(Layer):

@@ -21,6 +21,7 @@ from specjax.models.config import ModelConfig
 from specjax.models.layers import Block, RMSNorm
 from specjax.models.linear import readout
 from specjax.models.rope import rope_tables
+from specjax.sharding import gathered, rows_over_mesh
 
 
 @flax.struct.dataclass
@@ -75,6 +76,11 @@ def precision_of(params):
     if params["embed"].dtype == jnp.float32:
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
+
+
+def embedded(params, tokens):
+    """Embeddings ...xD of token ids."""
+    return rows_over_mesh(gathered(params["embed"])[tokens])
 
 
 def head_VxD(params):
@@ -157,7 +163,7 @@ def forward(
     if remat:
         run = jax.checkpoint(run)
     with precision_of(params):
-        x = params["embed"][tokens_BxT]
+        x = embedded(params, tokens_BxT)
         rope = rope_tables(config, positions_BxT)
         if isinstance(params["layers"], (list, tuple)):
             x, cache, tapped = _unrolled(run, params["layers"], x, cache, inner)

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from specjax import decoding, sharding
@@ -144,15 +146,41 @@ def set_up(target, drafter, cfg, mesh, seed=0, reference: TrainedDrafter | None 
     step, optimizer = compiled_step(
         drafter.definition, objective, cfg.optimizer.to_json(), cfg.steps
     )
+    if mesh.size > 1:
+        step = OnMesh(step, mesh)
     frozen = {
         "key": sharding.place(jax.random.key(seed), sharding.replicated(mesh)),
-        "target": sharding.place(target.params, sharding.shardings(mesh, target.params)),
+        "target": sharding.place(target.params, where_it_is(target, mesh)),
         "buffers": sharding.place(buffers, sharding.replicated(mesh)),
     }
     if reference is not None:
         frozen["reference"] = split_buffers(reference.params)[0]
     state = create(trainable, optimizer)
     return step, sharding.place(state, sharding.shardings(mesh, state, rules)), frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A jitted step that is traced and run with its mesh set."""
+
+    step: Callable
+    mesh: Mesh
+
+    def __call__(self, *args):
+        with jax.set_mesh(self.mesh):
+            return self.step(*args)
+
+    def lower(self, *args):
+        """As that of the jitted step."""
+        with jax.set_mesh(self.mesh):
+            return self.step.lower(*args)
+
+
+def where_it_is(target: Target, mesh):
+    """Shardings of the target's parameters: its own on a mesh, else by the models' rules."""
+    if target.mesh is None:
+        return sharding.shardings(mesh, target.params)
+    return jax.tree.map(lambda w: w.sharding, target.params)
 
 
 @functools.lru_cache(maxsize=32)

@@ -12,7 +12,7 @@ import pytest
 from numpy_drafters import draft_chain
 from numpy_llama import forward as numpy_forward
 from safetensors.numpy import load_file, save_file
-from toys import toy_target
+from toys import toy_target, whole_prompt
 
 import specjax
 from specjax.drafters import Eagle3
@@ -72,7 +72,7 @@ def drafted(loaded, target):
         rows = len(TOKENS) - 1
         state = definition.init_state(1, rows + 8, jnp.float32)
         committed = Committed(tokens[:, 1:], taps[:, :-1], jnp.array([rows]))
-        state = definition.prefill(params, target_params, state, committed, None)
+        state = definition.prefill(params, target_params, state, committed, whole_prompt(committed))
         context = Context(tokens, jnp.array([rows + 1]))
         tree, _ = definition.draft(params, target_params, state, context, None)
         laws = definition.to_target_laws(params, jnp.concatenate(seen, axis=1))
