@@ -116,8 +116,10 @@ def train_drafter(
         return jax.tree.map(whole, batch_fn(step, state and with_params(state.params)))
 
     def evaluate(state):
-        # The state is donated to the next step: decode with a copy of its parameters.
-        params = jax.tree.map(lambda w: jax.device_put(w.copy()), state.params)
+        # The state is donated to the next step: decode with a copy of its parameters, on one
+        # device as if there were no mesh (the same compiled programs).
+        own = lambda w: w.copy() if mesh.size > 1 else jax.device_put(w.copy())  # noqa: E731
+        params = jax.tree.map(own, state.params)
         return {"tau": probe(target, with_params(params).with_budget(**tree))}
 
     first = place(0, None)
