@@ -2,9 +2,9 @@
 
 python -m experiments.report --workdir=DIR
 
-Reads results.json, config.json, metrics.jsonl and samples.json, writes report.html. A run writes its
-own report the same way, so the page comes out the same. Exit status: 0 written, 2 the folder lacks
-something or holds something else.
+Reads results.json, config.json, metrics.jsonl and samples.json, writes report.html. A run writes
+its own report the same way, so the page comes out the same. Exit status: 0 written, 2 the folder
+lacks something or holds something else.
 """
 
 import os

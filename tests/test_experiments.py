@@ -15,6 +15,7 @@ from toys import toy_target
 import specjax
 from experiments import compare
 from specjax.evaluation.benchmark import Shapes
+from specjax.evaluation.report import report_run
 from specjax.evaluation.results import FURTHER_KEYS, ROW_KEYS, read_results
 from specjax.evaluation.spec_bench import compare_answers, read_answers
 from specjax.models.config import ModelConfig
@@ -84,7 +85,9 @@ def test_a_run_folder_is_complete_and_resumes(tmp_path):
         name = f"{method.replace('/', '-')}-temp-0.0.jsonl"
         assert compare_answers(vanilla, read_answers(folder / "answers" / name)).equal
     page = (folder / "report.html").read_text()
-    assert "<svg" in page and "fasteagle/best" in page
+    assert "<svg" in page and "fasteagle/best" in page and 'id="samples"' in page
+    report_run(folder)
+    assert (folder / "report.html").read_text() == page
     assert json.loads((folder / "config.json").read_text())["overrides"]
     assert any("tau" in json.loads(line) for line in (folder / "metrics.jsonl").open())
 

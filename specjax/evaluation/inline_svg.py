@@ -61,8 +61,8 @@ def draw(paint: Callable, height: float, label: str, about: str = "", **panels) 
 
 def standalone(svg: str) -> str:
     """A drawn <svg> element as a file of its own, legible on light and dark ground."""
-    svg = svg.replace("xlink:href", "href")
-    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" color="#6e7781" ', 1)
+    own = 'xmlns="http://www.w3.org/2000/svg" color="#6e7781" font-family="sans-serif"'
+    return svg.replace("xlink:href", "href").replace("<svg ", f"<svg {own} ", 1)
 
 
 def _inline(svg: str, label: str, about: str) -> str:
@@ -78,6 +78,7 @@ def _inline(svg: str, label: str, about: str) -> str:
     body = re.sub(r'\bid="', f'id="{prefix}', body)
     body = re.sub(r'href="#', f'href="#{prefix}', body)
     body = re.sub(r"url\(#", f"url(#{prefix}", body)
+    body = re.sub(r'font-family: [^;"]*;? ?| transform="rotate\(-0 [^"]*"', "", body)  # the page's
     body = body.replace(INK, "currentColor")
     head, rest = body.split(">", 1)
     view = re.search(r'viewBox="[^"]*"', head)[0]

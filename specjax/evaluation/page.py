@@ -90,7 +90,6 @@ figure { margin: 0; min-width: 0; display: grid; grid-row: span 2; grid-template
   row-gap: .6rem; }
 .about { margin: .15rem 0 0; line-height: 1.4; }
 svg { display: block; width: 100%; max-width: 33rem; height: auto; overflow: visible; }
-svg text { font-family: system-ui, -apple-system, "Segoe UI", sans-serif !important; }
 pre { margin: .4rem 0 0; padding: .8rem .9rem; background: var(--panel); border-radius: .5rem;
   font: .8rem/1.65 ui-monospace, SFMono-Regular, Menlo, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; }

@@ -226,7 +226,7 @@ _TRAINING = {
     "loss": ("Training loss", "Comparable for one objective and depth.", "loss"),
     "agree_1": (
         "Agreement at depth 1",
-        "Share of the target's choices that the drafter predicts.",
+        "Share of the target's choices it predicts.",
         "agreement at depth 1",
     ),
     "tau": ("Decode-time tau", "A few prompts, decoded greedily.", "tau"),
@@ -264,7 +264,7 @@ def _samples(samples: Sequence[dict]) -> str:
     depths = [shade(depth) for sample in samples for _, depth in sample["pieces"]]
     swatches = "".join(_piece(f"depth {n}", n) for n in range(1, max(depths, default=0) + 1))
     legend = (
-        "<p>Shaded: drafted and accepted, the darker the deeper in the draft. Unshaded: the "
+        "<p>Shaded: drafted and accepted, the stronger the deeper in the draft. Unshaded: the "
         f'target\'s own token, one a round.</p><p class="legend">{swatches}</p>'
     )
     prompts = figures.unique(sample["prompt"] for sample in samples)
