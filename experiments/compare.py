@@ -31,8 +31,9 @@ from specjax.evaluation.benchmark import (
 )
 from specjax.evaluation.best_paths import best_paths
 from specjax.evaluation.calibrate import calibrate
-from specjax.evaluation.report import write_report
-from specjax.evaluation.results import read_results, result_row, write_results
+from specjax.evaluation.report import report_run
+from specjax.evaluation.results import result_row, write_results
+from specjax.evaluation.run_folder import write_samples
 from specjax.evaluation.spec_bench import answers_name, write_answers
 from specjax.evaluation.tables import print_table
 from specjax.generation import init_drafter
@@ -450,7 +451,8 @@ def device_name() -> str:
 
 
 def write_up(bench: Bench, results, samples, notes, started: float) -> dict:
-    """Writes results.json and report.html, prints the table; returns what results.json holds."""
+    """Writes results.json, samples.json and from the folder report.html, prints the table; returns
+    what results.json holds."""
     config, target, folder = bench.config, bench.target, bench.folder
     header = {
         "target": {
@@ -468,9 +470,9 @@ def write_up(bench: Bench, results, samples, notes, started: float) -> dict:
     }
     if not is_first():
         return header | {"rows": results}
-    path = folder / "results.json"
-    write_results(path, header, results)
-    write_report(folder / "report.html", read_results(path), bench.metrics.path, samples, notes)
+    write_results(folder / "results.json", header, results)
+    write_samples(folder / "samples.json", samples, notes)
+    report_run(folder)
     for note in notes:
         say(note)
     print_table(results)

@@ -17,7 +17,8 @@ from experiments.compare import (
     write_up,
 )
 from specjax.console import make_console, print_rows
-from specjax.evaluation.figures import draw_differences, standalone
+from specjax.evaluation.figures import draw_differences
+from specjax.evaluation.inline_svg import standalone
 from specjax.evaluation.timing import calls_in_turns
 from specjax.files import write_text
 from specjax.training.drafter import needs_reference, set_up

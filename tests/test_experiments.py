@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -15,6 +16,7 @@ from toys import toy_target
 import specjax
 from experiments import compare
 from specjax.evaluation.benchmark import Shapes
+from specjax.evaluation.report import report_run
 from specjax.evaluation.results import FURTHER_KEYS, ROW_KEYS, read_results
 from specjax.evaluation.spec_bench import compare_answers, read_answers
 from specjax.models.config import ModelConfig
@@ -23,6 +25,7 @@ from specjax.models.target import BUILTIN
 from specjax.models.transformer import init_params
 from specjax.training.drafter import TrainingCost
 from specjax.training.metrics import MetricsLog
+from specjax.training.run import open_run
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMAND = [
@@ -62,6 +65,19 @@ def test_the_common_table_holds_every_drafter_it_lists(tmp_path):
         assert verdict["identical"] + verdict["ties"] == verdict["checked"] == 2
 
 
+def test_what_is_written_up_can_be_drawn_again(tmp_path):
+    config = importlib.import_module("configs.fasteagle").get_config("smoke")
+    folder = open_run(str(tmp_path / "run"), config, {"seed": 0})
+    metrics = MetricsLog(folder / "metrics.jsonl")
+    bench = SimpleNamespace(config=config, folder=folder, target=toy_target(), metrics=metrics)
+    samples = [{"method": "x", "prompt": "def", "pieces": [(" f", 0), ("(x)", 2)]}]
+    compare.write_up(bench, [], samples, ["a note"], 0.0)
+    page = (folder / "report.html").read_text()
+    assert 'title="draft depth 2">(x)<' in page and "<li>a note</li>" in page and "seed=0" in page
+    report_run(folder)
+    assert (folder / "report.html").read_text() == page
+
+
 @pytest.mark.slow
 def test_a_run_folder_is_complete_and_resumes(tmp_path):
     folder = tmp_path / "run"
@@ -84,7 +100,9 @@ def test_a_run_folder_is_complete_and_resumes(tmp_path):
         name = f"{method.replace('/', '-')}-temp-0.0.jsonl"
         assert compare_answers(vanilla, read_answers(folder / "answers" / name)).equal
     page = (folder / "report.html").read_text()
-    assert "<svg" in page and "fasteagle/best" in page
+    assert "<svg" in page and "fasteagle/best" in page and 'id="samples"' in page
+    report_run(folder)
+    assert (folder / "report.html").read_text() == page
     assert json.loads((folder / "config.json").read_text())["overrides"]
     assert any("tau" in json.loads(line) for line in (folder / "metrics.jsonl").open())
 

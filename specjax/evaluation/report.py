@@ -1,17 +1,35 @@
 """report.html: one self-contained page about a run. It asks nothing of the network or a script."""
 
 import json
-import math
 import os
+import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
 from specjax.evaluation import figures
+from specjax.evaluation.findings import (
+    curves_over_seeds,
+    fastest_by_setting,
+    notes_on,
+    over_seeds,
+)
+from specjax.evaluation.page import DEFINITIONS, HOW_TO_READ, PAGE, STYLE
 from specjax.evaluation.records import VANILLA
+from specjax.evaluation.run_folder import Run, read_curves, read_run
 from specjax.evaluation.tables import COLUMNS, count, setting, shown_columns
 from specjax.files import write_text
-from specjax.shades import SHADE_RGB, SHADES, opacity, shade
+from specjax.shades import shade
+
+
+def report_run(folder: str | os.PathLike) -> Path:
+    """Write FOLDER/report.html from the other files of a run folder; returns its path.
+
+    Raises what `read_run` raises, and OSError, naming the file, when it cannot be written.
+    """
+    path = Path(folder) / "report.html"
+    write_text(path, render(read_run(folder)))
+    return path
 
 
 def write_report(
@@ -21,128 +39,126 @@ def write_report(
     samples: Sequence[dict] | None = None,
     notes: str | Sequence[str] | None = None,
 ) -> None:
-    """Write the page, atomically.
+    """Write the page of results at hand, atomically, without a run folder.
 
     results:      what `read_results` returns
     metrics_path: metrics.jsonl of the run; training curves are left out where it is missing
-    samples:      {"method", "prompt", "pieces": [(text, depth), ...]}; depth 0 is a token of the
-                  target's own, 1 and up an accepted draft token of that depth
-    notes:        paragraphs of plain text about the run
+    samples, notes: as in `Run`
 
     Raises OSError, naming the file, when it cannot be written.
     """
-    rows = results["rows"]
     curves = read_curves(metrics_path) if metrics_path and Path(metrics_path).exists() else {}
     notes = [notes] if isinstance(notes, str) else notes or []
+    write_text(path, render(Run(results, curves, samples or [], notes)))
+
+
+def render(run: Run) -> str:
+    """The page, as HTML."""
+    results, rows = run.results, run.results["rows"]
     title = f"Speculative decoding of {results['target'].get('name', 'the target')}"
-    body = [
-        f"<header><h1>{escape(title)}</h1>{_headline(rows)}</header>",
-        "".join(f"<p>{escape(note)}</p>" for note in notes),
-        _section("What ran on what", _facts(results)),
-        _section("Results", _table(rows)),
-        _section("Figures", _result_figures(rows)),
-        _section("Training", _training_figures(rows, curves)),
-        _section("Samples", _samples(samples or [])),
-        f"<footer><h2>What the numbers mean</h2>{_DEFINITIONS}</footer>",
-    ]
-    write_text(path, _PAGE.format(title=escape(title), style=_STYLE, body="\n".join(body)))
-
-
-def read_curves(path: str | os.PathLike) -> dict[str, dict[str, figures.Curve]]:
-    """metrics.jsonl as {"loss" or "tau": {stage: (steps, values)}}, steps ascending.
-
-    Lines that are not whole JSON objects are skipped, for a run that was killed leaves one behind;
-    a step logged again after resuming counts once, as logged last; values that are not finite are
-    left out.
-    """
-    points: dict[str, dict[str, dict]] = {"loss": {}, "tau": {}}
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(entry, dict) or not _is_number(entry.get("step")):
-            continue
-        for key, stages in points.items():
-            if _is_number(entry.get(key)):
-                stage = stages.setdefault(str(entry.get("stage", "train")), {})
-                stage[entry["step"]] = entry[key]
-    return {
-        key: {name: tuple(zip(*sorted(line.items()), strict=True)) for name, line in stages.items()}
-        for key, stages in points.items()
+    sections = {
+        "Results": _table(rows),
+        "Figures": _result_figures(rows),
+        "Training": _training_figures(rows, run.curves),
+        "Samples": _samples(run.samples),
+        "Notes": _notes([*notes_on(rows), *run.notes]),
+        "What ran on what": _facts(results, run.config, run.overrides),
+        "What the numbers mean": DEFINITIONS,
     }
+    sections = {name: content for name, content in sections.items() if content}
+    links = "".join(f'<a href="#{_id(name)}">{name}</a>' for name in sections)
+    body = [
+        f'<header><h1>{escape(title)}</h1><p class="meta">{_summary(results)}</p>{_tiles(rows)}',
+        f'<p>{HOW_TO_READ}</p><nav aria-label="Sections">{links}</nav></header>\n<main>',
+        *(
+            f'<section aria-labelledby="{_id(name)}"><h2 id="{_id(name)}">{name}</h2>{content}'
+            "</section>"
+            for name, content in sections.items()
+        ),
+        "</main>",
+    ]
+    return PAGE.format(title=escape(title), style=STYLE, body="\n".join(body))
 
 
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+def _id(heading: str) -> str:
+    return heading.lower().replace(" ", "-")
 
 
-def _section(heading: str, content: str) -> str:
-    return f"<section><h2>{heading}</h2>{content}</section>" if content else ""
+def _summary(results: dict) -> str:
+    """The line below the title."""
+    target = results["target"]
+    parts = [f"{count(target['parameters'])} parameters"] if "parameters" in target else []
+    parts += [f"{target['layers']} layers"] if "layers" in target else []
+    return escape(" · ".join([*parts, results["device"], results["dtype"], _seeds(results)]))
 
 
-def _headline(rows: Sequence[dict]) -> str:
-    """The fastest exact method of each setting, in words, be it slower than vanilla."""
-    fastest: dict[str, dict] = {}
-    for row in (row for row in rows if row["method"] != VANILLA and row["exact"]):
-        best = fastest.setdefault(setting(row), row)
-        if row["speedup"] > best["speedup"]:
-            fastest[setting(row)] = row
-    lines = []
-    for name, row in fastest.items():
+def _seeds(results: dict) -> str:
+    seeds = figures.unique(row["seed"] for row in results["rows"]) or [results["seed"]]
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+
+
+def _tiles(rows: Sequence[dict]) -> str:
+    """The fastest exact method of each setting, be it slower than vanilla."""
+    tiles = ""
+    for row in fastest_by_setting(rows):
         low, high = row["speedup_ci95"]
         lead = "fastest is" if row["speedup"] > 1 else "none beats vanilla; nearest is"
-        lines.append(
-            f"<li>{escape(name)}: {lead} <b>{escape(row['method'])}</b> at "
-            f"<b>{row['speedup']:.2f}x</b> vanilla [{low:.2f}, {high:.2f}], "
-            f"tau {row['tau']:.2f} where {row['break_even_tau']:.2f} breaks even</li>"
+        seeds = f"mean of {row['seeds']} seeds " if row["seeds"] > 1 else ""
+        tiles += (
+            f"<li{_class(gain=low > 1)}><span>{escape(setting(row))}</span>"
+            f"<strong>{row['speedup']:.2f}×</strong>"
+            f"<span>{lead} <b>{escape(row['method'])}</b>, {seeds}[{low:.2f}, {high:.2f}]<br>"
+            f"tau {row['tau']:.2f} where {row['break_even_tau']:.2f} breaks even</span></li>"
         )
-    return f'<ul class="lead">{"".join(lines)}</ul>' if lines else ""
+    return f'<ul class="tiles">{tiles}</ul>' if tiles else ""
 
 
-def _facts(results: dict) -> str:
-    target = results["target"]
-    shape = ", ".join(
-        f"{target[key]} {word}"
-        for key, word in (("layers", "layers"), ("hidden_size", "wide"), ("vocab_size", "tokens"))
-        if key in target
-    )
-    size = f"{count(target['parameters'])} parameters" if "parameters" in target else ""
-    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
-    facts = {
-        "target": ", ".join(part for part in (target.get("name", ""), size, shape) if part),
-        "device": results["device"],
-        "dtype": results["dtype"],
-        "versions": versions,
-        "seed": results["seed"],
-        "preset": results["preset"] or "default",
-    }
-    cells = (f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
-    return f"<dl>{''.join(cells)}</dl>"
+# ---- the table -----------------------------------------------------------------------------------
 
 
 def _table(rows: Sequence[dict]) -> str:
-    columns = [COLUMNS[name] for name in shown_columns(rows)]
+    """A group of lines per setting and seed, which stand above it instead of in columns."""
+    grouped = ("task", "temperature", "batch", "seed")
+    columns = {name: COLUMNS[name] for name in shown_columns(rows) if name not in grouped}
+    several = len({row["seed"] for row in rows}) > 1
+    name_of = lambda row: setting(row) + (f", seed {row['seed']}" if several else "")  # noqa: E731
     heads = "".join(
-        f"<th{_class(left=column.left)}>{escape(column.heading).replace(chr(10), '<br>')}</th>"
-        for column in columns
+        f'<th scope="col"{_class(left=column.left)}>'
+        f"{escape(column.heading).replace(chr(10), '<br>')}</th>"
+        for column in columns.values()
     )
-    lines = ""
-    for above, row in zip([None, *rows], rows, strict=False):
-        new = above is not None and setting(above) != setting(row)
-        cells = "".join(_table_cell(column, row) for column in columns)
-        lines += f"<tr{_class(new=new)}>{cells}</tr>"
+    looks, bodies = figures.looks_of(rows), ""
+    for name, members in figures.group(rows, name_of).items():
+        best = {key: _highest(members, key) for key in ("tau", "speedup")}
+        lines = "".join(_line(row, columns, best, looks) for row in members)
+        head = f'<th scope="rowgroup" colspan="{len(columns)}"><span>{escape(name)}</span></th>'
+        bodies += f'<tbody><tr class="group">{head}</tr>{lines}</tbody>'
     return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="results">'
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>"
+        '<div class="scroll" tabindex="0" role="region" aria-label="table of results">'
+        "<table><caption><span>Bold: the highest of its setting. Red: slower than vanilla, or not "
+        f"its output.</span></caption><thead><tr>{heads}</tr></thead>{bodies}</table></div>"
     )
 
 
-def _table_cell(column, row: dict) -> str:
-    classes = _class(left=column.left, bad=column.bad(row))
-    detail = column.detail(row)
-    below = f"<small>{escape(detail)}</small>" if detail else ""
-    return f"<td{classes}>{escape(column.text(row))}{below}</td>"
+def _line(row: dict, columns: dict, best: dict, looks: dict) -> str:
+    dot = f'<i class="dot" style="background:{looks[row["method"]].colour}"></i>'
+    breakable = re.sub("([/_])", r"\1<wbr>", escape(row["method"]))
+    cells = f'<th scope="row">{dot}{breakable}</th>'
+    for name, column in columns.items():
+        if name == "method":
+            continue
+        top = name in best and row["method"] != VANILLA and row[name] == best[name]
+        classes = _class(left=column.left, bad=column.bad(row), best=top)
+        detail = column.detail(row)
+        below = f"<small>{escape(detail)}</small>" if detail else ""
+        cells += f"<td{classes}>{escape(column.text(row))}{below}</td>"
+    return f"<tr>{cells}</tr>"
+
+
+def _highest(rows: Sequence[dict], key: str) -> float | None:
+    """The highest value of the exact methods that draft."""
+    values = [row[key] for row in rows if row["method"] != VANILLA and row["exact"]]
+    return max(values, default=None)
 
 
 def _class(**names: bool) -> str:
@@ -151,64 +167,122 @@ def _class(**names: bool) -> str:
     return f' class="{given}"' if given else ""
 
 
+# ---- figures -------------------------------------------------------------------------------------
+
+
 def _result_figures(rows: Sequence[dict]) -> str:
     if not rows:
         return ""
+    several = len({row["seed"] for row in rows}) > 1
+    ranges = "Lines: lowest to highest seed." if several else "Lines: 95% intervals over prompts."
+    rows = over_seeds(rows)
+    time = [
+        _figure(
+            f"Where a round's time goes, {name}",
+            "Draft and verify are timed apart; the rest is what the round takes beyond them.",
+            figures.draw_rounds(rows, name),
+        )
+        for name in figures.unique(map(figures.load, rows))
+    ]
     drafted = [row for row in rows if row["method"] != VANILLA]
     if not drafted:
-        return _grid([_figure("Where a round's time goes", figures.draw_rounds(rows))])
-    settings = dict.fromkeys(setting(row) for row in drafted if row["acceptance_by_depth"])
-    acceptance = [
-        _figure(f"Acceptance by depth, {name}", figures.draw_acceptance(rows, name))
-        for name in settings
-    ]
+        return _grid(time)
+    settings = figures.unique(map(setting, drafted))
+    accepted = figures.unique(setting(row) for row in drafted if row["acceptance_by_depth"])
     return _grid(
         [
-            _figure("tau", figures.draw_tau(rows)),
-            _figure("Speedup", figures.draw_speedups(rows)),
-            _figure("Speedup over tau", figures.draw_speedup(rows)),
-            _figure("tau over what a draft costs", figures.draw_cost(rows)),
-            _figure("Where a round's time goes", figures.draw_rounds(rows)),
-            *acceptance,
+            _figure(
+                "tau by task and temperature",
+                f"Fastest on average first. {ranges}",
+                figures.draw_tau(rows),
+            ),
+            _figure(
+                "Speedup by setting",
+                "Paired with vanilla by prompt. Hollow marks: lossy rules.",
+                figures.draw_speedups(rows),
+            ),
+            *(
+                _figure(
+                    f"Acceptance by depth, {name}",
+                    f"Of the rounds that got so deep. Hollow: fewer than {figures.FEW} rounds.",
+                    figures.draw_acceptance(rows, name),
+                )
+                for name in accepted
+            ),
+            *(
+                _figure(
+                    f"tau against draft cost, {name}",
+                    "Best is the upper left. Dashed: breaking even, were verifying one plain step.",
+                    figures.draw_cost(rows, name),
+                )
+                for name in settings
+            ),
+            *time,
         ]
     )
 
 
+_TRAINING = {
+    "loss": ("Training loss", "Comparable for one objective and depth.", "loss"),
+    "agree_1": (
+        "Agreement at depth 1",
+        "Share of the target's choices it predicts.",
+        "agreement at depth 1",
+    ),
+    "tau": ("Decode-time tau", "A few prompts, decoded greedily.", "tau"),
+}
+
+
 def _training_figures(rows: Sequence[dict], curves: dict) -> str:
-    colours = figures.method_colours(rows)
-    titles = {"loss": "Training loss", "tau": "tau on held-out prompts while training"}
-    drawn = []
-    for key, stages in curves.items():
-        lines = {stage: figures.thin_out(*line) for stage, line in stages.items()}
+    looks, drawn = figures.looks_of(rows), []
+    for key, (caption, about, label) in _TRAINING.items():
+        lines = curves_over_seeds(curves.get(key, {}))
+        lines = {name: figures.thin_out(*line) for name, line in lines.items()}
         if lines:
-            drawn.append(_figure(titles[key], figures.draw_curves(lines, key, colours)))
-    return _grid(drawn) if drawn else ""
+            drawn.append(_figure(caption, about, figures.draw_curves(lines, label, looks)))
+    return _grid(drawn, narrow=True) if drawn else ""
 
 
-def _figure(caption: str, svg: str) -> str:
-    return f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
+def _figure(caption: str, about: str, svg: str) -> str:
+    return (
+        f'<figure><figcaption><h3>{escape(caption)}</h3><p class="about">{escape(about)}</p>'
+        f"</figcaption>{svg}</figure>"
+    )
 
 
-def _grid(parts: Sequence[str]) -> str:
-    return f'<div class="figures">{"".join(parts)}</div>'
+def _grid(parts: Sequence[str], narrow: bool = False) -> str:
+    return f'<div class="figures{" narrow" if narrow else ""}">{"".join(parts)}</div>'
+
+
+# ---- texts ---------------------------------------------------------------------------------------
 
 
 def _samples(samples: Sequence[dict]) -> str:
+    """One answer a method. A prompt that all share stands once."""
     if not samples:
         return ""
     depths = [shade(depth) for sample in samples for _, depth in sample["pieces"]]
     swatches = "".join(_piece(f"depth {n}", n) for n in range(1, max(depths, default=0) + 1))
-    legend = f'<p class="legend"><span>the target\'s own token</span>{swatches}</p>'
-    return legend + "".join(_sample(sample) for sample in samples)
-
-
-def _sample(sample: dict) -> str:
-    pieces = "".join(_piece(text, depth) for text, depth in sample["pieces"] if text)
-    return (
-        f"<h3>{escape(sample['method'])}</h3>"
-        f"<details><summary>prompt</summary><pre>{escape(sample['prompt'])}</pre></details>"
-        f"<pre>{pieces}</pre>"
+    legend = (
+        "<p>Shaded: drafted and accepted, the stronger the deeper in the draft. Unshaded: the "
+        f'target\'s own token, one a round.</p><p class="legend">{swatches}</p>'
     )
+    prompts = figures.unique(sample["prompt"] for sample in samples)
+    shared = _prompt(prompts[0], "the prompt of all") if len(prompts) == 1 else ""
+    answers = "".join(
+        f"<div><h3>{escape(sample['method'])}</h3>"
+        f"{'' if shared else _prompt(sample['prompt'], 'prompt')}<pre>{_answer(sample)}</pre></div>"
+        for sample in samples
+    )
+    return f'{legend}{shared}<div class="samples">{answers}</div>'
+
+
+def _prompt(text: str, name: str) -> str:
+    return f"<details><summary>{name}</summary><pre>{escape(text)}</pre></details>"
+
+
+def _answer(sample: dict) -> str:
+    return "".join(_piece(text, depth) for text, depth in sample["pieces"] if text)
 
 
 def _piece(text: str, depth: int) -> str:
@@ -217,92 +291,31 @@ def _piece(text: str, depth: int) -> str:
     return f'<mark class="d{shade(depth)}" title="draft depth {depth}">{escape(text)}</mark>'
 
 
-_DEFINITIONS = """
-<dl>
-<dt>tau</dt><dd>tokens per round, the target's own extra token included and the prefill's token left
-out; the sum over all prompts. Vanilla decoding is 1.</dd>
-<dt>break-even tau</dt><dd>the milliseconds of a round over those of a vanilla token: with a smaller
-tau a method is slower than vanilla, however good its drafts.</dd>
-<dt>accepted by depth</dt><dd>of the rounds that accepted a draft token at the depth before, the
-share that accepted one at this depth. The last round of an answer may be cut short, so it counts
-for what it accepted and not for where it stopped.</dd>
-<dt>tokens per s</dt><dd>all new tokens over all seconds, each answer at the median of its repeats;
-prefill included, compiling excluded, answers cut at the stop token before counting.</dd>
-<dt>speedup</dt><dd>tokens per second over vanilla's: same model code, same process, same prompts.
-</dd>
-<dt>[low, high]</dt><dd>95% bootstrap interval over prompts, both methods resampled together. It
-covers the choice of prompts, not the noise of the clock.</dd>
-<dt>draft, verify, round</dt><dd>median milliseconds; draft and verify are timed apart, the round as
-it runs, in one piece. Overhead is the round over a vanilla token, less one.</dd>
-<dt>nodes/depth</dt><dd>rows of the draft tree that the target verifies, and its deepest draft
-token.</dd>
-<dt>lossless</dt><dd>at temperature 0 the prompts whose tokens equal vanilla's; a tie parts where
-the target's two best logits are all but equal. Above 0 the p-value of a test of the output's law.
-"lossy" is a rule that trades exactness away.</dd>
-</dl>
-"""
+def _notes(notes: Sequence[str]) -> str:
+    lines = "".join(f"<li>{escape(note)}</li>" for note in notes)
+    return f'<ul class="notes">{lines}</ul>' if lines else ""
 
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1c2128; --paper: #fff; --soft: #5c6570; --line: #d9dde3;
-  --panel: #f5f6f8; --bad: #c0262d; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e7eb; --paper: #15181d; --soft: #98a1ad; --line: #333a44; --panel: #1d2127;
-    --bad: #ff7b7b; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 76rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .7rem; padding-bottom: .25rem;
-  border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
-.lead { padding-left: 1.2rem; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .45rem; text-align: right; vertical-align: top; white-space: nowrap;
-  border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 500; vertical-align: bottom; line-height: 1.2; }
-th.left, td.left { text-align: left; }
-th:first-child, td:first-child { position: sticky; left: 0; background: var(--paper);
-  padding-left: 0; font-weight: 600; }
-tr.new td { border-top: 2px solid var(--soft); }
-td small { display: block; color: var(--soft); }
-td.bad, td.bad small { color: var(--bad); }
-.figures { display: grid; gap: 1.5rem 2rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; min-width: 0; }
-figcaption { font-size: .95rem; font-weight: 600; margin-bottom: .3rem; }
-svg { display: block; width: 100%; max-width: 32rem; height: auto; overflow: visible; }
-svg text { font-family: system-ui, sans-serif !important; }
-pre { margin: .4rem 0; padding: .8rem; background: var(--panel); border-radius: .4rem;
-  font: .85rem/1.6 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-summary { color: var(--soft); cursor: pointer; }
-mark { color: inherit; border-radius: .15rem; }
-.legend { display: flex; flex-wrap: wrap; gap: .3rem .6rem; font-size: .85rem; }
-.legend mark { padding: 0 .4rem; }
-footer { font-size: .9rem; }
-@media (max-width: 40rem) {
-  footer dl, dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: .6rem; }
-}
-""" + "\n".join(
-    f".d{depth} {{ background: rgb({' '.join(map(str, SHADE_RGB))} / {opacity(depth):.2f}); }}"
-    for depth in range(1, SHADES + 1)
-)
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+def _facts(results: dict, config: dict, overrides: dict) -> str:
+    target = results["target"]
+    shape = ", ".join(
+        f"{target[key]} {word}"
+        for key, word in (("layers", "layers"), ("hidden_size", "wide"), ("vocab_size", "tokens"))
+        if key in target
+    )
+    size = f"{count(target['parameters'])} parameters" if "parameters" in target else ""
+    facts = {
+        "target": ", ".join(part for part in (target.get("name", ""), size, shape) if part),
+        "device": results["device"],
+        "dtype": results["dtype"],
+        "versions": ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
+        "seeds": _seeds(results).split(maxsplit=1)[1],
+        "preset": results["preset"] or "default",
+    }
+    if config:
+        changed = (f"{name}={json.dumps(value)}" for name, value in overrides.items())
+        facts["overrides"] = ", ".join(changed) or "none"
+    cells = (f"<dt>{key}</dt><dd>{escape(str(value))}</dd>" for key, value in facts.items())
+    whole = escape(json.dumps(config, indent=2))
+    details = f"<details><summary>the whole config</summary><pre>{whole}</pre></details>"
+    return f"<dl>{''.join(cells)}</dl>{details if config else ''}"

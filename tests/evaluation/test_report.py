@@ -1,17 +1,26 @@
 """The page: whole, well-formed, self-contained, escaped, and written in one step."""
 
+import html
+import json
 import os
 import re
+import subprocess
+import sys
 import xml.dom.minidom
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from specjax.evaluation import figures, report
-from specjax.evaluation.report import read_curves, write_report
+from specjax.evaluation import figures, inline_svg, page
+from specjax.evaluation.report import report_run, write_report
+from specjax.evaluation.results import write_results
+from specjax.evaluation.run_folder import read_curves, read_run, write_samples
+from specjax.shades import SHADES
 
+ROOT = Path(__file__).parents[2]
 EVIL = "<script>alert('&')</script>"
-VOID = {"meta", "br", "path", "use", "image", "rect"}
+VOID = {"meta", "br", "wbr", "path", "use", "image", "rect"}
 
 
 class Page(HTMLParser):
@@ -19,13 +28,14 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.ids, self.words, self.open = [], [], [], []
+        self.tags, self.ids, self.words, self.open, self.scopes = [], [], [], [], []
         self.feed(text)
         assert not self.open, self.open
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
         self.ids += [value for name, value in attributes if name == "id"]
+        self.scopes += [dict(attributes).get("scope")] if tag == "th" else []
         if tag not in VOID:
             self.open.append(tag)
 
@@ -46,7 +56,7 @@ class Page(HTMLParser):
 def metrics(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        '{"step": 0, "stage": "train/fasteagle", "loss": 5.0, "tau": 1.0}\n'
+        '{"step": 0, "stage": "train/fasteagle", "loss": 5.0, "tau": 1.0, "agree_1": 0.1}\n'
         '{"step": 20, "stage": "train/fasteagle", "loss": 3.5}\n'
         '{"step": 10, "stage": "train/fasteagle", "loss": 4.0}\n'
         '{"step": 20, "stage": "train/fasteagle", "loss": 3.0, "tau": 2.0}\n'
@@ -60,65 +70,182 @@ def metrics(tmp_path):
 
 
 @pytest.fixture
-def page(tmp_path, header, make_rows, metrics):
-    """Writes a report of everything, with markup wherever a user's text may stand."""
+def folder(tmp_path, header, make_rows, metrics):
+    """Makes a finished run folder of everything, with markup wherever a user's text may stand."""
 
     def make(**changes):
         rows = make_rows((EVIL, "gsm8k $x$"), (1.0,), ("eagle3", "fasteagle/<best>"))
-        results = header | {"preset": EVIL, "rows": rows}
+        results = header | {"preset": EVIL} | changes
         results["target"] = results["target"] | {"name": EVIL}
+        rows = results.pop("rows", rows)
+        write_results(tmp_path / "results.json", results, rows)
         pieces = [("def f(x):", 0), ("\n    return", 1), (EVIL, 2), (" x", 99), ("", 3)]
-        arguments = {
-            "metrics_path": metrics,
-            "samples": [{"method": EVIL, "prompt": EVIL, "pieces": pieces}],
-            "notes": [EVIL, "a note"],
-        }
-        path = tmp_path / "report.html"
-        write_report(path, results, **(arguments | changes))
-        return path.read_text()
+        samples = [{"method": EVIL, "prompt": EVIL, "pieces": pieces}]
+        write_samples(tmp_path / "samples.json", samples, [EVIL, "a note"])
+        config = {"config": {"name": EVIL}, "overrides": {"train.steps": EVIL}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
 
     return make
 
 
-def test_page_is_well_formed_and_says_everything(page):
-    text = page()
-    parsed = Page(text)
+PAGES = []
+
+
+@pytest.fixture
+def drawn(folder):
+    """The page of that folder, drawn once for all tests."""
+    if not PAGES:
+        PAGES.append(report_run(folder()).read_text())
+    return PAGES[0]
+
+
+def test_page_is_well_formed_and_says_everything(drawn):
+    parsed = Page(drawn)
     words = " ".join(parsed.words)
     for expected in ("What ran on what", "cpu, 2 cores", "specjax 0.1.0", "Results", "a note",
-                     "Training loss", "Where a round's time goes", "break-even tau", "draft depth",
-                     "What the numbers mean", "gsm8k $x$ T=1", "fasteagle/<best>"):  # fmt: skip
+                     "Training loss", "Agreement at depth 1", "Decode-time tau", "Notes",
+                     "Where a round's time goes, T=1", "breaks even", "draft depth",
+                     "What the numbers mean", "gsm8k $x$ T=1", "train.steps="):  # fmt: skip
         assert expected in words, expected
-    # tau, speedup, both, cost, rounds; two settings of acceptance; loss and tau while training.
-    assert parsed.tags.count("svg") == 5 + 2 + 2
+    # tau, speedup, rounds; acceptance and cost of two settings; three while training.
+    assert parsed.tags.count("svg") == 3 + 2 * 2 + 3
     assert len(parsed.ids) == len(set(parsed.ids))
     assert parsed.tags.count("table") == 1
     assert {"depth 1", "depth 2", "depth 8"} <= set(parsed.words)
 
 
-def test_page_is_self_contained(page):
-    text = page()
+def test_page_can_be_heard(drawn):
+    """Headings descend by one, table heads say what they head, figures say what they show."""
+    text = drawn
+    parsed = Page(text)
+    levels = [int(tag[1]) for tag in parsed.tags if tag in ("h1", "h2", "h3", "h4")]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert set(parsed.scopes) == {"col", "row", "rowgroup"}
+    labels = re.findall(r'<svg viewBox="[^"]*" role="img" aria-label="([^"]*)"', text)
+    assert len(labels) == parsed.tags.count("svg")
+    for row in Results(text).rows:
+        if len(row) > 1 and row[0] != "vanilla":
+            assert any(row[0] in html.unescape(label) and row[1] in label for label in labels)
+
+
+class Results(HTMLParser):
+    """The table's lines, as the texts of their cells without what stands below."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.rows, self.cell = [], False
+        self.feed(text[text.index("<tbody>") : text.index("</table>")])
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("th", "td"):
+            self.rows[-1].append("")
+        self.cell = tag != "small"
+
+    def handle_data(self, data):
+        if self.cell:
+            self.rows[-1][-1] += data
+
+
+def test_every_line_of_the_table_has_every_column(drawn):
+    text = drawn
+    lines = [row for row in Results(text).rows if len(row) > 1]
+    assert len(lines) == 2 * 3
+    assert {len(row) for row in lines} == {text[: text.index("</thead>")].count('scope="col"')}
+
+
+def test_bold_is_the_highest_of_the_exact_ones(tmp_path, header, make_rows):
+    rows = make_rows(methods=("a", "b", "c"))
+    for row, tau, exact in zip(rows[1:], (2.0, 2.5, 9.0), (True, True, False), strict=True):
+        row |= {"tau": tau, "exact": exact}
+    write_report(tmp_path / "report.html", header | {"rows": rows})
+    text = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<td class="best">([0-9.]+)<', text) == ["2.50"]
+    assert "c (lossy)" in text
+
+
+def test_samples_come_back_whole(folder):
+    run = read_run(folder())
+    assert run.samples[0]["pieces"][2] == [EVIL, 2] and run.notes == [EVIL, "a note"]
+    assert run.overrides == {"train.steps": EVIL}
+
+
+def test_an_older_folder_has_a_page_without_samples(folder):
+    where = folder()
+    (where / "samples.json").unlink()
+    text = report_run(where).read_text()
+    assert 'id="samples"' not in text and 'id="results"' in text
+
+
+@pytest.mark.parametrize("missing", [["results.json"], ["config.json"], ["metrics.jsonl"],
+                                     ["results.json", "config.json"]])  # fmt: skip
+def test_an_unfinished_folder_is_named_with_what_it_lacks(folder, missing):
+    where = folder()
+    for name in missing:
+        (where / name).unlink()
+    with pytest.raises(FileNotFoundError) as error:
+        report_run(where)
+    assert str(where) in str(error.value) and all(name in str(error.value) for name in missing)
+    assert not (where / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("config.json", "{", "config.json: Expecting"),
+        ("config.json", '{"config": {}}', 'config.json: no dict "overrides"'),
+        ("samples.json", '{"samples": {}, "notes": []}', 'samples.json: no list "samples"'),
+        ("samples.json", '{"samples": [{}], "notes": []}', "samples.json: sample 0: expected"),
+        ("samples.json", '{"samples": [], "notes": [7]}', "samples.json: notes"),
+        ("results.json", '{"rows": [{}]}', "results.json: header: lacks"),
+    ],
+)
+def test_a_broken_file_is_named(folder, name, text, message):
+    where = folder()
+    (where / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        report_run(where)
+    assert not (where / "report.html").exists()
+
+
+def test_the_command_draws_the_same_page_or_says_what_is_missing(folder, drawn):
+    where = folder()
+    command = [sys.executable, "-m", "experiments.report", f"--workdir={where}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip() == str(where / "report.html"), done.stderr
+    assert (where / "report.html").read_text() == drawn
+    (where / "results.json").unlink()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and done.stderr.strip().startswith(f"{where}: lacks results.json")
+
+
+def test_page_is_self_contained(drawn):
+    text = drawn
     assert "script" not in Page(text).tags
     assert "link" not in Page(text).tags and "img" not in Page(text).tags
     assert "://" not in text and "@import" not in text
     references = re.findall(r'(?:href|src)="([^"]*)"|url\(([^)]*)\)', text)
     assert references and all((a or b).startswith("#") for a, b in references)
     assert {(a or b)[1:] for a, b in references} <= set(Page(text).ids)
-    assert figures.INK not in text and "currentColor" in text
+    assert inline_svg.INK not in text and "currentColor" in text
 
 
-def test_user_text_is_escaped(page):
-    text = page()
+def test_user_text_is_escaped(drawn):
+    text = drawn
     assert EVIL not in text and "<best>" not in text
     assert text.count("&lt;script&gt;") > 5
 
 
-def test_page_does_without_the_optional_parts(tmp_path, page, make_rows, header):
-    text = page(metrics_path=tmp_path / "absent.jsonl", samples=None, notes="just one")
-    assert "<h2>Training</h2>" not in text and "<h2>Samples</h2>" not in text
-    assert "<p>just one</p>" in text
-    for rows in (make_rows(methods=()), []):
-        write_report(tmp_path / "report.html", header | {"rows": rows})
-        Page((tmp_path / "report.html").read_text())
+def test_page_does_without_the_optional_parts(tmp_path, make_rows, header):
+    for rows in (make_rows(), make_rows(methods=()), []):
+        write_report(tmp_path / "report.html", header | {"rows": rows}, notes="just one")
+        text = (tmp_path / "report.html").read_text()
+        Page(text)
+        assert 'id="training"' not in text and 'id="samples"' not in text
+        assert "<li>just one</li>" in text
 
 
 def test_page_says_when_nothing_beats_vanilla(tmp_path, header, make_rows):
@@ -127,7 +254,14 @@ def test_page_says_when_nothing_beats_vanilla(tmp_path, header, make_rows):
     rows[2] |= {"speedup": 1.9, "exact": False}
     write_report(tmp_path / "report.html", header | {"rows": rows})
     text = (tmp_path / "report.html").read_text()
-    assert "none beats vanilla; nearest is <b>eagle3</b> at <b>0.90x</b>" in text
+    assert "<strong>0.90×</strong><span>none beats vanilla; nearest is <b>eagle3</b>" in text
+
+
+@pytest.mark.slow
+def test_ten_methods_stay_well_under_a_megabyte(tmp_path, header, make_rows):
+    rows = make_rows(temperatures=(0.0, 1.0), methods=[f"method_{i}" for i in range(10)])
+    write_report(tmp_path / "report.html", header | {"rows": rows})
+    assert (tmp_path / "report.html").stat().st_size < 600_000
 
 
 def test_same_rows_same_figure(make_rows):
@@ -135,19 +269,14 @@ def test_same_rows_same_figure(make_rows):
     assert figures.draw_tau(rows) == figures.draw_tau(rows)
 
 
-def test_many_methods_look_different(make_rows):
-    one = make_rows()[1]
-    rows = [one | {"method": f"m{i}"} for i in range(20)]
-    looks = {(row["colour"], row["marker"]) for row in figures._drafted(rows)}
-    assert len(looks) == len(rows)
-
-
 def test_a_figure_is_a_file_of_its_own_too(make_rows):
-    text = figures.standalone(figures.draw_speedups(make_rows()))
+    text = inline_svg.standalone(figures.draw_speedups(make_rows()))
     assert xml.dom.minidom.parseString(text).documentElement.tagName == "svg"
 
 
-def test_a_failed_write_keeps_the_old_page(tmp_path, page, monkeypatch):
+def test_a_failed_write_keeps_the_old_page(tmp_path, folder, monkeypatch):
+    folder()
+    kept = {path.name for path in tmp_path.iterdir()}
     old = tmp_path / "report.html"
     old.write_text("the old page")
 
@@ -156,31 +285,19 @@ def test_a_failed_write_keeps_the_old_page(tmp_path, page, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match=r"No space left on device.*report\.html"):
-        page(notes="changed")
+        report_run(tmp_path)
     assert old.read_text() == "the old page"
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "metrics.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == kept | {"report.html"}
 
 
 def test_curves_skip_what_is_broken_and_take_the_last_word(metrics):
     curves = read_curves(metrics)
     assert curves == {
         "loss": {"train/fasteagle": ((0, 10, 20), (5.0, 4.0, 3.0)), "train/eagle3": ((5,), (6.0,))},
+        "agree_1": {"train/fasteagle": ((0,), (0.1,))},
         "tau": {"train/fasteagle": ((0, 20), (1.0, 2.0))},
     }
 
 
-def test_thinning_keeps_the_mean_and_the_order():
-    steps, values = list(range(1200)), [float(step % 7) for step in range(1200)]
-    thin_steps, thin_values = figures.thin_out(steps, values)
-    assert len(thin_steps) == 300 and sorted(thin_steps) == list(thin_steps)
-    assert sum(thin_values) / 300 == pytest.approx(sum(values) / 1200)
-    assert figures.thin_out(steps[:10], values[:10]) == (steps[:10], values[:10])
-
-
-def test_round_parts_never_go_below_nothing():
-    noisy = {"draft_ms": 2.0, "verify_ms": 4.0, "round_ms": 5.0}
-    assert figures._round_parts([noisy]) == (2.0, 4.0, 0.0, 5.0)
-
-
 def test_shades_are_all_in_the_style():
-    assert all(f".d{depth} " in report._STYLE for depth in range(1, report.SHADES + 1))
+    assert all(f".d{depth} " in page.STYLE for depth in range(1, SHADES + 1))
