@@ -40,7 +40,11 @@ def join(
         jax.distributed.initialize(
             coordinator, num_processes, process_id,
             initialization_timeout=timeout, heartbeat_timeout_seconds=max(timeout, 10),
+            shutdown_timeout_seconds=max(timeout, 10),
         )  # fmt: skip
+        # All are here now: connections for collectives made later would time out while one of
+        # them is still compiling.
+        multihost_utils.sync_global_devices("joined")
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise RuntimeError(
