@@ -22,6 +22,7 @@ def smoke():
     config = fasteagle.get_config("smoke")
     del config.drafters.eagle3
     config.target.scan_layers = True  # quicker to trace
+    config.train.batch_size = 8  # a row for each of the tests' devices
     return config, plan(config, H100)
 
 
