@@ -121,7 +121,8 @@ cfg.optimizer.name, cfg.batch_size, cfg.loss.chunk = "adamw", batch, chunk
 first, second, gradients = training_step(model, drafter, cfg, 128)
 whole, _ = shards.drafter_shapes(drafter, model.params)
 state = state_shapes(whole, make_optimizer(cfg.optimizer, cfg.steps))
-held = shards.device_bytes(model.mesh, state) + shards.device_bytes(model.mesh, model.params)
+held = shards.device_bytes(model.mesh, state, shards.rules_of(drafter))
+held += shards.device_bytes(model.mesh, model.params)
 print("RATIO", (held + max(first.peak, gradients + second.peak))
       / total(lower_step(model, drafter, cfg, 128)))
 """
