@@ -22,7 +22,7 @@ from specjax.drafters import DRAFTERS
 from specjax.evaluation.results import FURTHER_KEYS, HEADER_KEYS, LOSSLESS_KEYS, ROW_KEYS
 from specjax.evaluation.tables import COLUMNS
 from specjax.models.config import FAMILIES
-from specjax.verification import rule_names
+from specjax.verification import get_rule, rule_names
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *ROOT.glob("specjax/**/*.md")]
@@ -244,6 +244,12 @@ def test_every_field_of_a_drafter_is_described(name):
     fields = {f.name for f in dataclasses.fields(DRAFTERS[name])} - {"target", "proposal"}
     section = read("docs/drafters.md").partition("## Fields")[2]
     assert fields <= set(re.findall(r"\w+", " ".join(quoted(section))))
+
+
+@pytest.mark.parametrize("name", rule_names())
+def test_every_parameter_of_a_rule_is_described(name):
+    fields = {f.name for f in dataclasses.fields(get_rule(name))}
+    assert fields <= set(quoted(read("docs/verification.md")))
 
 
 def test_every_column_and_key_is_defined():
