@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from configs import common
@@ -285,11 +286,13 @@ def test_some_blocks_are_marked():
 def test_marked_blocks_run(language, code, tmp_path):
     (tmp_path / "configs").symlink_to(ROOT / "configs")  # commands name recipes by path
     paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    cache = jax.config.jax_compilation_cache_dir  # the tests' own: a block compiles once
     bin_folder = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", "-euc", code] if language == "bash" else [sys.executable, "-c", code]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True, timeout=600,
-        env=os.environ | {"PYTHONPATH": paths, "PATH": bin_folder},
+        env=os.environ
+        | {"PYTHONPATH": paths, "PATH": bin_folder, "JAX_COMPILATION_CACHE_DIR": cache},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip(), "a block that prints nothing shows nothing"
