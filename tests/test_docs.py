@@ -133,35 +133,45 @@ def unknown_flags(page: pathlib.Path, text: str):
                 yield f"--{flag}: {command[1] if command else 'no program'} does not know it"
 
 
-def unknown_fields(page: pathlib.Path, text: str):
-    base = common.base("", "")
-    given = re.findall(r"--config\.([a-z_.]+)", text)
-    for name in quoted(text):
-        for field in re.findall(r"(?<![\w.-])config\.([a-z_.]+)", name):
-            given.append(field)
-        if re.match(rf"({'|'.join(SECTIONS)})\.[a-z]", name):
-            given.append(re.match(r"[a-z_.]+", name)[0])
-    for field in given:
-        at, path = base, field.strip(".").split(".")
-        if path[0] in ("drafters", "field") or path[-1] in ("json", "py"):  # not ours, or a file
-            continue
-        for part in path:
-            if not hasattr(at, "keys") or (part not in at and not part == "name"):
-                yield f"{field}: no such field of a config"
-                break
-            at = at.get(part)
+def recipe(line: str):
+    """(path, preset) of the recipe that a command names, or None."""
+    found = re.search(r"--config=(configs/[\w/]+)\.py:?(\w*)", line)
+    return None if found is None or is_placeholder(found[1]) else found.groups()
+
+
+def config_of(path: str, preset: str):
+    """The config of a recipe; raises ModuleNotFoundError or ValueError."""
+    module = importlib.import_module(path.replace("/", "."))
+    return module.get_config("" if is_placeholder(preset) else preset)
 
 
 def unknown_recipes(page: pathlib.Path, text: str):
-    for name, preset in re.findall(r"--config=(configs/[\w/]+)\.py:?(\w*)", text):
-        if is_placeholder(name):
-            continue
+    for path, preset in filter(None, map(recipe, text.splitlines())):
         try:
-            importlib.import_module(name.replace("/", ".")).get_config(
-                "" if is_placeholder(preset) else preset
-            )
+            config_of(path, preset)
         except (ModuleNotFoundError, ValueError) as error:
-            yield f"{name}.py:{preset}: {error}"
+            yield f"{path}.py:{preset}: {error}"
+
+
+def unknown_fields(page: pathlib.Path, text: str):
+    base = common.base("", "")
+    given = []  # (config, field)
+    for line in text.splitlines():
+        config = config_of(*recipe(line)) if recipe(line) else base
+        given += [(config, field) for field in re.findall(r"--config\.([a-z_.]+)", line)]
+    for name in quoted(text):
+        given += [(base, field) for field in re.findall(r"(?<![\w.-])config\.([a-z_.]+)", name)]
+        if found := re.match(rf"({'|'.join(SECTIONS)})\.[a-z][a-z_.]*", name):
+            given.append((base, found[0]))
+    for config, field in given:
+        path = field.strip(".").split(".")
+        if path[0] == "field" or path[-1] in ("json", "py"):  # the reader's, or a file
+            continue
+        for part in path:
+            if not hasattr(config, "keys") or part not in config:
+                yield f"{field}: no such field of a config"
+                break
+            config = config[part]
 
 
 def wide_lines(page: pathlib.Path, text: str):
@@ -187,8 +197,9 @@ WRONG = {
     unknown_names: "`specjax.generate` but `specjax.genarate(x)` and `experiments.nothing`",
     missing_files: "`specjax/cache.py`, `models/config.py` but `specjax/cash.py`, `models/none.py`",
     unknown_flags: "`--temperature` but `--temprature`\n\n    python -m experiments.main --compare",
-    unknown_fields: "`train.steps` but `train.stepz` and `--config.data.lenght=3`",
-    unknown_recipes: "--config=configs/fasteagle.py:smoke --config=configs/fasteagle.py:smok "
+    unknown_fields: "`train.steps` but `train.stepz` and\n\n    python -m experiments.main "
+    "--config=configs/medusa.py --config.drafters.medusa.init.heads=2 --config.data.lenght=3",
+    unknown_recipes: "--config=configs/fasteagle.py:smoke\n--config=configs/fasteagle.py:smok\n"
     "--config=configs/slow.py",
     wide_lines: f"{'a ' * 61}\n{'a ' * 61}",
 }
