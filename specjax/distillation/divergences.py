@@ -5,7 +5,8 @@ softmaxes at `temperature`, a static float. No factor temperature^2 is applied: 
 gradients of the size they have at temperature 1 multiplies by it. The teacher gets no gradient and
 may hold -inf (probability zero); the student's logits must be finite.
 
-Sources: DistillSpec 2310.08461 for the choice; Jensen-Shannon as in GKD 2306.13649.
+Sources: DistillSpec 2310.08461 for the choice; Jensen-Shannon as in GKD 2306.13649; skewed KL from
+DistiLLM 2402.03898.
 """
 
 import functools
@@ -74,6 +75,23 @@ def jensen_shannon(teacher_logits, student_logits, temperature: float = 1.0, *, 
     return beta * from_p + (1 - beta) * from_q
 
 
+def skewed_kl(teacher_logits, student_logits, temperature: float = 1.0, *, alpha: float = 0.1):
+    """KL(p || a p + (1-a) q). [..., V], [..., V] -> [...].
+
+    Between 0 and -log a, however far q is off, where the forward KL (alpha 0) has no bound.
+
+    Raises:
+      ValueError: alpha is not in [0, 1); at 1 the divergence is zero.
+    """
+    if not 0 <= alpha < 1:
+        raise ValueError(f"skewed_kl: alpha {alpha} must be in [0, 1)")
+    log_p = _log_probs(jax.lax.stop_gradient(teacher_logits), temperature)
+    log_mix = _log_probs(student_logits, temperature) + jnp.log1p(-alpha)
+    if alpha:
+        log_mix = jnp.logaddexp(log_p + jnp.log(alpha), log_mix)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_mix), axis=-1)
+
+
 def total_variation(teacher_logits, student_logits, temperature: float = 1.0):
     """Half the L1 distance of p and q; 1 - it is the acceptance rate. [..., V], [..., V] -> [...].
 
@@ -85,12 +103,12 @@ def total_variation(teacher_logits, student_logits, temperature: float = 1.0):
 
 
 DIVERGENCES: dict[str, Callable] = {
-    f.__name__: f for f in (forward_kl, reverse_kl, jensen_shannon, total_variation)
+    f.__name__: f for f in (forward_kl, reverse_kl, jensen_shannon, skewed_kl, total_variation)
 }
 
 
 def get_divergence(name: str, **parameters) -> Callable:
-    """A divergence by name, its parameters (temperature, beta) bound.
+    """A divergence by name, its parameters (temperature, beta, alpha) bound.
 
     Raises:
       ValueError: unknown name (lists the known ones), unknown parameter, value out of range.

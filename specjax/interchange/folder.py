@@ -177,8 +177,8 @@ def verifier_section(target: ModelConfig, verifier: str | None) -> dict[str, Any
     """Names the target in a config. Raises ValueError for what is no hub id: paths are private."""
     if verifier is not None and not re.fullmatch(r"\w[\w.-]*/[\w.-]+", verifier):
         raise ValueError(f"verifier: {verifier!r} is not a hub id such as 'Qwen/Qwen3-0.6B'")
-    name = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[target.model_type]
-    return {"name_or_path": verifier, "architectures": [f"{name}ForCausalLM"]}
+    name = f"{target.model_type.capitalize()}ForCausalLM"
+    return {"name_or_path": verifier, "architectures": [name]}
 
 
 def write_folder(folder, tensors: dict[str, np.ndarray], record: dict[str, Any], dtype: str) -> int:

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 # What `config.json` may name as `model_type`; the differences between them are fields below.
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -136,13 +136,17 @@ def config_from_hf(raw: dict[str, Any], source: str | pathlib.Path = "config.jso
         _fail(source, "mlp_bias", "true is not supported")
     if raw.get("use_sliding_window"):
         _fail(source, "use_sliding_window", "true is not supported")
+    # Where Mistral's configs leave the window out, transformers takes 4096.
+    if model_type == "mistral" and raw.get("sliding_window", 4096) is not None:
+        _fail(source, "sliding_window", "only null is supported (Mistral v0.2 and later)")
     if raw.get("quantization_config"):
         _fail(source, "quantization_config", "quantised checkpoints are not supported")
     heads = _count(raw, "num_attention_heads", source)
     hidden = _count(raw, "hidden_size", source)
     theta, scaling = _rope(raw, source)
     bos = raw.get("bos_token_id")
-    attention_bias = bool(raw.get("attention_bias", False))
+    # Mistral knows no biases, whatever its config says.
+    attention_bias = bool(raw.get("attention_bias", False)) and model_type != "mistral"
     fields = dict(
         vocab_size=_count(raw, "vocab_size", source),
         hidden_size=hidden,
@@ -184,7 +188,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]
     """
     for field, said in (
         ("qkv_bias", config.model_type == "qwen2" or config.o_bias),
-        ("o_bias", config.o_bias and config.model_type != "qwen2"),
+        ("o_bias", config.o_bias and config.model_type not in ("qwen2", "mistral")),
         ("qk_norm", config.model_type == "qwen3"),
     ):
         if getattr(config, field) != said:
@@ -193,6 +197,7 @@ def config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]
             )
     architecture = {
         "llama": "LlamaForCausalLM",
+        "mistral": "MistralForCausalLM",
         "qwen2": "Qwen2ForCausalLM",
         "qwen3": "Qwen3ForCausalLM",
     }[config.model_type]
@@ -208,7 +213,8 @@ def config_to_hf(config: ModelConfig, dtype: str = "bfloat16") -> dict[str, Any]
             if f.name != "kind"
         }
     eos = config.eos_token_ids
-    return {
+    window = {"sliding_window": None} if config.model_type == "mistral" else {}
+    return window | {
         "architectures": [architecture],
         "model_type": config.model_type,
         "vocab_size": config.vocab_size,

@@ -215,10 +215,11 @@ def _method(config, model: Model, c: Contender, request, slots, sampling, rule, 
         training, state_bytes = _training(config, model, c, whole, chip)
     sends = _forward_sends(model, request.batch * tree.nodes)
     stored = shards.whole_bytes(whole) + shards.whole_bytes(buffers)
+    held = shards.device_bytes(model.mesh, whole, shards.rules_of(c.definition))
     return Method(
         name=c.name, parameters=shards.count(whole),
         initial=stored if training else 0,
-        weights=shards.device_bytes(model.mesh, whole) if training else stored,
+        weights=held if training else stored,
         training=training, decoding=decoding,
         round=roofline(chip, decoding.round, link_bytes=sends), nodes=tree.nodes,
         stored=stored, checkpoints=CHECKPOINTS * state_bytes,
@@ -232,14 +233,15 @@ def _training(config, model: Model, c: Contender, whole, chip) -> tuple[Training
     objective = make_objective(cfg.loss, cfg.steps)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, objective.deepkd)
     state = state_shapes(whole, optimizer)
-    weights = shards.device_bytes(mesh, whole)
+    rules = shards.rules_of(c.definition)
+    weights = shards.device_bytes(mesh, whole, rules)
     peak = max(first.peak, gradients + second.peak)
     alive = first.alive if first.peak >= gradients + second.peak else second.alive
     rows = cfg.batch_size // mesh.shape["data"] * config.data.length
     sends = _forward_sends(model, rows) + all_reduce(gradients, mesh.shape["data"])
     training = Training(
         weights=weights,
-        optimizer=shards.device_bytes(mesh, state) - weights,
+        optimizer=shards.device_bytes(mesh, state, rules) - weights,
         gradients=gradients,
         temporaries=max(peak - gradients, 0),
         alive=alive,

@@ -4,6 +4,7 @@ from specjax.verification.base import Noise, Rule, VerifyOut, make_noise
 from specjax.verification.block import Block
 from specjax.verification.judge import Judge, JudgeHead
 from specjax.verification.k_seq import KSeq
+from specjax.verification.lenient import Lenient
 from specjax.verification.match import Greedy, Match
 from specjax.verification.node_law import law, verify
 from specjax.verification.recursive import RecursiveRejection
@@ -16,7 +17,7 @@ _RULES = {
     rule.name: rule
     for rule in (
         Greedy, Match, Token, Block, RecursiveRejection, KSeq, Traversal,
-        Typical, Judge, Unverified,
+        Typical, Lenient, Judge, Unverified,
     )
 }  # fmt: skip
 

@@ -31,6 +31,7 @@ class Token(Rule):
     name: ClassVar[str] = "token"
     exact: ClassVar[bool] = True
     chain_only: ClassVar[bool] = True
+    lenience: ClassVar[float] = 1.0  # scales q; below 1 the rule is `lenient`
 
     @property
     def draws(self) -> str:
@@ -43,7 +44,7 @@ class Token(Rule):
             node, alive = carry
             child, there = child_at(draft, node, 0)
             x, p_V = draft.tokens_T[child], rows.probs(node)
-            q_V = child_law(draft, node, child, rows)
+            q_V = self.lenience * child_law(draft, node, child, rows)
             # Multiplied out: no division, p = 0 always rejects, q = 0 < p accepts.
             accepted = noise.accept_T[child] * q_V[x] < p_V[x]
             if force_T is not None:
@@ -54,7 +55,7 @@ class Token(Rule):
         node, _ = scan_depth(step, (jnp.int32(0), jnp.bool_(True)), depth)
         child, there = child_at(draft, node, 0)
         p_V = rows.probs(node)
-        residual_V = jnp.maximum(p_V - child_law(draft, node, child, rows), 0)
+        residual_V = jnp.maximum(p_V - self.lenience * child_law(draft, node, child, rows), 0)
         law_V = jnp.where(there, normalised(residual_V, p_V), p_V)
         token = categorical(noise.token_A[draft.depth_T[node]], law_V)
         return finish(draft, node, token, depth)
@@ -65,7 +66,7 @@ class Token(Rule):
         node, mass = 0, 1.0
         while tree.children[node]:
             ((child, x, q_V),) = tree.siblings(node)
-            p_V = tree.p_TxV[node]
+            p_V, q_V = tree.p_TxV[node], self.lenience * q_V
             accept = 1.0 if tree.force_T[child] else accept_probability(p_V[x], q_V[x])
             residual_V = np.maximum(p_V - q_V, 0)
             left = residual_V.sum()

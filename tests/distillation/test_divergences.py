@@ -14,6 +14,7 @@ from specjax.distillation.divergences import (
     get_divergence,
     jensen_shannon,
     reverse_kl,
+    skewed_kl,
     total_variation,
 )
 
@@ -38,12 +39,13 @@ def kl(p, q):
     return (p * ratio).sum(-1)
 
 
-def definition(divergence, p, q, beta=0.5):
+def definition(divergence, p, q, beta=0.5, alpha=0.1):
     m = beta * p + (1 - beta) * q
     return {
         "forward_kl": lambda: kl(p, q),
         "reverse_kl": lambda: kl(q, p),
         "jensen_shannon": lambda: beta * kl(p, m) + (1 - beta) * kl(q, m),
+        "skewed_kl": lambda: kl(p, alpha * p + (1 - alpha) * q),
         "total_variation": lambda: 0.5 * np.abs(p - q).sum(-1),
     }[divergence.__name__]()
 
@@ -69,15 +71,31 @@ def test_jensen_shannon_equals_its_definition_at_every_beta(beta):
     np.testing.assert_allclose(jensen_shannon(teacher, student, beta=beta), expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("alpha", [0.02, 0.5, 0.9])
+def test_skewed_kl_at_every_alpha(alpha):
+    for scale in (2.0, 100.0):  # of the second, the forward KL is past any bound
+        teacher, student = random_logits(13, scale)
+        p, q = probs(teacher), probs(student)
+        got = skewed_kl(teacher, student, alpha=alpha)
+        np.testing.assert_allclose(got, definition(skewed_kl, p, q, alpha=alpha), atol=5e-6)
+        assert np.all(got <= -np.log(alpha) + 1e-5)
+    assert np.any(forward_kl(teacher, student) > 10) and np.max(got) > -0.5 * np.log(alpha)
+    np.testing.assert_allclose(
+        skewed_kl(teacher, student, alpha=0), forward_kl(teacher, student), rtol=1e-5, atol=1e-4
+    )
+
+
 def test_closed_form_gradients():
     teacher, student = random_logits(2)
     p, q = probs(teacher), probs(student)
     ahead = (p > q).astype(float)
     mean = lambda x: (q * x).sum(-1, keepdims=True)  # noqa: E731
     surprise = np.log(q / p)
+    share = p / (0.1 * p + 0.9 * q)
     for divergence, expected in {
         forward_kl: q - p,
         reverse_kl: q * (surprise - mean(surprise)),
+        skewed_kl: -0.9 * q * (share - mean(share)),
         total_variation: -q * (ahead - mean(ahead)),
     }.items():
         got = gradient(divergence, teacher, student)
@@ -136,7 +154,7 @@ def test_minus_infinity_in_the_teacher_is_probability_zero():
     teacher, student = random_logits(8)
     masked = jnp.where(jnp.arange(V) < 4, -jnp.inf, teacher)
     p, q = probs(masked), probs(student)
-    for divergence in (forward_kl, jensen_shannon, total_variation):
+    for divergence in (forward_kl, jensen_shannon, skewed_kl, total_variation):
         np.testing.assert_allclose(
             divergence(masked, student), definition(divergence, p, q), atol=2e-6
         )
@@ -207,6 +225,10 @@ def test_by_name_with_parameters_bound():
         ("jensen_shannon", {"beta": 0}, "beta 0 "),
         ("jensen_shannon", {"beta": 1.0}, "beta 1.0 "),
         ("jensen_shannon", {"beta": float("nan")}, "beta nan "),
+        ("skewed_kl", {"beta": 0.5}, "skewed_kl.*beta"),
+        ("skewed_kl", {"alpha": 1.0}, "alpha 1.0 "),
+        ("skewed_kl", {"alpha": -0.1}, "alpha -0.1 "),
+        ("skewed_kl", {"alpha": float("nan")}, "alpha nan "),
         ("reverse_kl", {"temperature": 0.0}, "temperature: 0.0"),
         ("total_variation", {"temperature": -1.0}, "temperature: -1.0"),
     ],

@@ -31,6 +31,11 @@ _LLAMA3_ROPE = {
     "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64, "rope_type": "llama3",
 }  # fmt: skip
+_MISTRAL = _LLAMA | {
+    "architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2,
+    "rope_theta": 1000000.0, "max_position_embeddings": 512, "sliding_window": None,
+}  # fmt: skip
+_MISTRAL.pop("attention_bias")
 _QWEN = _COMMON | {
     "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "num_key_value_heads": 2,
     "use_sliding_window": False, "max_window_layers": 2, "max_position_embeddings": 512,
@@ -73,6 +78,9 @@ FAMILIES = {
     },
     "llama-bias": _LLAMA
     | {"num_key_value_heads": 2, "max_position_embeddings": 256, "attention_bias": True},
+    # As v0.3 has it; Nemo's heads are not hidden_size / heads wide.
+    "mistral": _MISTRAL,
+    "mistral-nemo": _MISTRAL | {"head_dim": 6, "rope_theta": 500000.0, "num_key_value_heads": 1},
     "qwen2": _QWEN2,
     "qwen2.5-tied": _QWEN2 | {"rope_theta": 1000000.0, "tie_word_embeddings": True},
     "qwen3": _QWEN

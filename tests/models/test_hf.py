@@ -88,7 +88,9 @@ def assert_same(a, b):
     assert jax.tree.map(lambda x: x.dtype, a) == jax.tree.map(lambda x: x.dtype, b)
 
 
-@pytest.mark.parametrize("family", ["llama2", "llama3.2", "llama-bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama2", "llama3.2", "llama-bias", "mistral", "qwen2", "qwen3"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_save_and_load_round_trip(family, dtype, tmp_path):
     raw = FAMILIES[family]
@@ -122,6 +124,9 @@ def test_saving_refuses_what_the_architecture_cannot_say(tmp_path):
     params = load_params(tmp_path / "first", config)
     with pytest.raises(ValueError, match="qk_norm"):
         save_target(tmp_path / "second", config.replace(model_type="llama"), params)
+    with pytest.raises(ValueError, match="o_bias"):
+        biased = config.replace(model_type="mistral", qk_norm=False, qkv_bias=True, o_bias=True)
+        save_target(tmp_path / "second", biased, params)
     assert not (tmp_path / "second").exists()
 
 
@@ -333,6 +338,8 @@ def test_generation_config_that_is_not_json(folder, data):
         ({"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window"),
+        ({"model_type": "mistral"}, "sliding_window"),  # absent means 4096
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"hidden_size": ...}, "hidden_size: missing"),
         ({"num_hidden_layers": ...}, "num_hidden_layers: missing"),

@@ -22,6 +22,7 @@ def smoke():
     config = fasteagle.get_config("smoke")
     del config.drafters.eagle3
     config.target.scan_layers = True  # quicker to trace
+    config.train.batch_size = 8  # a row for each of the tests' devices
     return config, plan(config, H100)
 
 
@@ -120,7 +121,8 @@ cfg.optimizer.name, cfg.batch_size, cfg.loss.chunk = "adamw", batch, chunk
 first, second, gradients = training_step(model, drafter, cfg, 128)
 whole, _ = shards.drafter_shapes(drafter, model.params)
 state = state_shapes(whole, make_optimizer(cfg.optimizer, cfg.steps))
-held = shards.device_bytes(model.mesh, state) + shards.device_bytes(model.mesh, model.params)
+held = shards.device_bytes(model.mesh, state, shards.rules_of(drafter))
+held += shards.device_bytes(model.mesh, model.params)
 print("RATIO", (held + max(first.peak, gradients + second.peak))
       / total(lower_step(model, drafter, cfg, 128)))
 """

@@ -174,6 +174,7 @@ def test_no_gradient_reaches_the_target(target):
 SMALL = dict(num_layers=2, feature_layers=(0,))
 REDUCTIONS = {
     "forward_kl": (dict(divergence="forward_kl"), 40),
+    "skewed_kl": (dict(divergence="skewed_kl", divergence_options=dict(alpha=0.0)), 40),
     "speckd": (dict(gate="speckd", gate_options=dict(beta=1.0)), 40),
     "adaspec": (dict(gate="adaspec", gate_options=dict(fraction=1.0)), 40),
     "recorded": (dict(gate="recorded"), 40),

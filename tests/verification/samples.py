@@ -29,6 +29,7 @@ RULES = {
     "traversal, replaced": (get_rule("traversal", replacement=True), TREES, "with_replacement"),
     "traversal, top": (get_rule("traversal"), TREES, "top"),
     "typical": (get_rule("typical"), TREES, "top"),
+    "lenient": (get_rule("lenient"), CHAINS, "chains"),
     "judge": (get_rule("judge"), TREES, "top"),
     "unverified": (get_rule("unverified"), CHAINS + TREES, "top"),
     "judge, token": (get_rule("judge", base="token"), CHAINS, "chains"),

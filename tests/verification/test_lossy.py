@@ -11,7 +11,7 @@ import specjax
 from specjax import decoding, generation
 from specjax.models.transformer import forward
 from specjax.sampling import Sampling
-from specjax.trees import backbone
+from specjax.trees import backbone, chains
 from specjax.verification import JudgeHead, get_rule, law, make_noise, verify
 
 NEVER, ALWAYS = JudgeHead(np.zeros(16), -50.0), JudgeHead(np.zeros(16), 50.0)
@@ -53,6 +53,48 @@ def test_looser_typical_never_accepts_less():
         for p in ({"epsilon": 0.5, "delta": 0.9}, {}, {"epsilon": 0.01, "delta": 0.05})
     ]
     assert (np.diff(counts, axis=0) >= 0).all() and counts[-1].sum() > counts[0].sum()
+
+
+# ---- lenience ------------------------------------------------------------------------------------
+
+
+def first_token(p_V, q_V, rule):
+    """The law of the first token emitted when one child is drawn from q and the rule judges it."""
+    emitted_V, V = np.zeros(len(p_V)), len(p_V)
+    tree = jax.tree.map(lambda x: x[0], chains(1, 1).draft(jnp.zeros((1, 2), jnp.int32)))
+    logs = [np.log(np.stack([x, x]) + 1e-300) for x in (p_V, q_V)]
+    for token in range(V):
+        drawn = tree.replace(tokens_T=np.array([0, token]), law_TxV=logs[1])
+        stop_T, next_TxV = law(drawn, logs[0], rule)
+        emitted_V += q_V[token] * (stop_T[0] * next_TxV[0] + stop_T[1] * np.eye(V)[token])
+    return emitted_V
+
+
+@pytest.mark.parametrize("lenience", [0.9, 0.5, 0.1, 0.01])
+def test_lenience_bounds_every_probability(lenience):
+    rng, rule, moved = np.random.default_rng(0), get_rule("lenient", lenience=lenience), 0.0
+    for _ in range(20):
+        p_V, q_V = rng.dirichlet(np.full(5, 0.5), 2)
+        emitted_V = first_token(p_V, q_V, rule)
+        # Accepted outright up to p/l; what is left of the mass goes where p exceeds l q.
+        kept_V = np.minimum(q_V, p_V / lenience)
+        left_V = np.maximum(p_V - lenience * q_V, 0)
+        expected_V = kept_V + (1 - kept_V.sum()) * left_V / left_V.sum()
+        np.testing.assert_allclose(emitted_V, expected_V, atol=1e-12)
+        assert (emitted_V <= p_V / lenience + 1e-12).all()
+        moved = max(moved, 0.5 * np.abs(emitted_V - p_V).sum())
+    assert moved > 0.02, "a lossy rule that loses nothing tests nothing"
+
+
+def test_lenience_one_is_token():
+    _, drafts, targets, _ = repeated("token", 5)
+    noise = noises(5, len(targets))
+    token, one, half = (
+        jax.device_get(batched(rule, noise, drafts, targets, None))
+        for rule in (get_rule("token"), get_rule("lenient", lenience=1.0), get_rule("lenient"))
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, token)
+    assert (half.count >= token.count).all() and half.count.sum() > token.count.sum()
 
 
 # ---- judge ---------------------------------------------------------------------------------------
@@ -144,5 +186,5 @@ def test_the_judge_reads_the_hidden_state_at_the_drafted_token():
 
 def test_lossy_rules_say_so():
     lossy = {n for n in specjax.verification.rule_names() if not get_rule(n).exact}
-    assert lossy == {"typical", "judge", "unverified"}
+    assert lossy == {"typical", "lenient", "judge", "unverified"}
     assert lossy <= {r[0].name for r in RULES.values()}

@@ -86,6 +86,9 @@ def test_unknown_parameters_are_named(name):
         ("typical", {"epsilon": 0.0}, "'typical': epsilon 0.0"),
         ("typical", {"delta": -0.3}, "'typical'.*delta -0.3"),
         ("typical", {"epsilon": float("nan")}, "'typical': epsilon nan"),
+        ("lenient", {"lenience": 0.0}, "'lenient': lenience 0.0"),
+        ("lenient", {"lenience": 1.1}, "'lenient': lenience 1.1"),
+        ("lenient", {"lenience": float("nan")}, "'lenient': lenience nan"),
         ("k_seq", {"k": 0}, "'k_seq'.*'k'"),  # k is the draft's, not the rule's
         ("judge", {"threshold": 1.5}, "'judge': threshold 1.5"),
         ("judge", {"threshold": float("nan")}, "'judge': threshold nan"),

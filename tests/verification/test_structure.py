@@ -39,7 +39,8 @@ def test_results_are_root_paths_and_rows_stand_alone(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["match", "token", "block", "rrs", "k_seq", "traversal", "typical", "unverified"]
+    "name",
+    ["match", "token", "block", "rrs", "k_seq", "traversal", "typical", "lenient", "unverified"],
 )
 def test_more_padding_changes_nothing(name):
     rule, drafts, targets, force = repeated(name, 5)
