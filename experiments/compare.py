@@ -208,6 +208,7 @@ class Bench:
 
 def prepare(config: ConfigDict, folder) -> Bench:
     """Loads the target, makes the training data and reads the prompts."""
+    metrics = MetricsLog(folder / "metrics.jsonl", config.tensorboard)
     mesh = sharding.make_mesh(config.mesh)
     sharded = mesh.size > 1
     if config.train.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -240,7 +241,6 @@ def prepare(config: ConfigDict, folder) -> Bench:
     }
     drafters = {m.name: m.drafter.params for m in variants}
     sharding.check_rules([target.params, drafters], config.sharding_rules)
-    metrics = MetricsLog(folder / "metrics.jsonl")
     return Bench(config, folder, target, mesh, metrics, prompts, rows, tasks, shapes)
 
 

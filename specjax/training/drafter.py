@@ -32,7 +32,7 @@ class TrainingCost:
 
     tokens: int
     seconds: float
-    step_flops: float = 0.0  # of one step: `model_flops`
+    step_flops: float = 0.0  # of one step, by XLA's count of the traced program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,7 @@ def train_drafter(
     first = place(0, None)
     tokens_per_step = first["tokens"].size
     checkpoints = Checkpoints(folder / "checkpoints" / label.replace("/", "-"))
+    traced = (step.lower(state, frozen, first).cost_analysis() or {}).get("flops", 0.0)
     objective = make_objective(cfg.loss, cfg.steps)
     flops = model_flops(drafter.definition, objective, state.params, frozen, first)
     state = fit(
@@ -130,7 +131,7 @@ def train_drafter(
     if ratios := probed_gsnr(state.opt_state):
         metrics.write(f"train/{label}", cfg.steps, **ratios)
     seconds = metrics.seconds(f"train/{label}", tokens_per_step)
-    cost = TrainingCost(cost.tokens + cfg.steps * tokens_per_step, cost.seconds + seconds, flops)
+    cost = TrainingCost(cost.tokens + cfg.steps * tokens_per_step, cost.seconds + seconds, traced)
     return with_params(state.params), cost
 
 
