@@ -88,25 +88,28 @@ class Call:
 
 
 class StatesGiven:
-    """A drafter whose training states are its parameters: what is left of a step is the loss."""
+    """A drafter whose training states are given: what is left of a step is its readout and loss."""
 
-    def __init__(self, definition, params):
-        self._definition, self._params = definition, params
+    def __init__(self, definition, states):
+        self._definition, self._states = definition, states
 
     def __getattr__(self, name):
         return getattr(self._definition, name)
 
-    def teach(self, states, *_):
-        return states["hidden"], states["aligned"]
+    def teach(self, *_):
+        return self._states["hidden"], self._states["aligned"]
 
-    def normed(self, _, hidden):
-        return self._definition.normed(self._params, hidden)
 
-    def head(self, _, target_params):
-        return self._definition.head(self._params, target_params)
+def read_out(definition, params, target_params, hidden) -> set[str]:
+    """Which of the parameters, by their first name, the readout trains."""
 
-    def vocab_ids(self, _):
-        return self._definition.vocab_ids(self._params)
+    def reading(params, hidden):
+        return definition.normed(params, hidden), definition.head(params, target_params)
+
+    jaxpr = jax.make_jaxpr(reading)(params, hidden).jaxpr
+    read = {id(v) for eqn in jaxpr.eqns for v in eqn.invars} | {id(v) for v in jaxpr.outvars}
+    paths = [keys[0].key for keys, _ in jax.tree_util.tree_leaves_with_path(params)]
+    return {name for name, v in zip(paths, jaxpr.invars, strict=False) if id(v) in read}
 
 
 def training_calls(target: Target, drafter: TrainedDrafter, cfg: ConfigDict, batch, mesh):
@@ -114,7 +117,7 @@ def training_calls(target: Target, drafter: TrainedDrafter, cfg: ConfigDict, bat
     step, state, frozen = set_up(target, drafter, cfg, mesh)
     definition, objective = drafter.definition, make_objective(cfg.loss, cfg.steps)
     _, optimizer = compiled_step(definition, objective, cfg.optimizer.to_json(), cfg.steps)
-    tokens, params, buffers = batch["tokens"], drafter.params, frozen["buffers"]
+    tokens, buffers = batch["tokens"], frozen["buffers"]
 
     def features(target_params, tokens):
         return text_features(target_params, target.config, definition.taps, tokens)
@@ -127,10 +130,12 @@ def training_calls(target: Target, drafter: TrainedDrafter, cfg: ConfigDict, bat
         _, back = jax.vjp(lambda p: teach(p, taps), params)
         return back(cotangents)
 
-    def loss(states, frozen, batch, params):
-        stub = StatesGiven(definition, params)
-        value = lambda s: drafter_loss(stub, objective, s, frozen, batch, 0, frozen["key"])[0].sum()  # noqa: E731
-        return jax.value_and_grad(value)(states)
+    def loss(states, readout, others, frozen, batch):
+        def value(states, readout):
+            stub, params = StatesGiven(definition, states), readout | others
+            return drafter_loss(stub, objective, params, frozen, batch, 0, frozen["key"])[0].sum()
+
+        return jax.value_and_grad(value, argnums=(0, 1))(states, readout)
 
     def update(params, opt_state, grads):
         updates, opt_state = optimizer.update(grads, opt_state, params)
@@ -140,8 +145,10 @@ def training_calls(target: Target, drafter: TrainedDrafter, cfg: ConfigDict, bat
     trained = jax.tree.map(jnp.copy, state.params)
     taps = made.get("taps")
     hidden, aligned = jax.jit(teach)(trained, taps)
-    states, no_buffers = {"hidden": hidden, "aligned": aligned}, frozen | {"buffers": {}}
-    given = batch | {"features": made}
+    states, given = {"hidden": hidden, "aligned": aligned}, batch | {"features": made}
+    names = read_out(definition, trained, target.params, hidden[0])
+    readout = {name: w for name, w in trained.items() if name in names}
+    others = {name: w for name, w in trained.items() if name not in names}
     if objective.streams > 1:  # DeepKD's gradients are one for each stream
         grow = lambda w: jnp.zeros((objective.streams, *w.shape))  # noqa: E731
         grads = jax.tree.map(grow, trained)
@@ -171,7 +178,7 @@ def training_calls(target: Target, drafter: TrainedDrafter, cfg: ConfigDict, bat
         "target forward": part(features, target.params, tokens),
         "drafter forward": part(teach, trained, taps),
         "drafter forward and backward": part(teach_back, trained, taps, (hidden, aligned)),
-        "logits and loss, forward and backward": part(loss, states, no_buffers, given, params),
+        "logits and loss, forward and backward": part(loss, states, readout, others, frozen, given),
         "optimiser": Call(updated, steering),
     }
 
