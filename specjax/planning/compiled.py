@@ -64,7 +64,7 @@ def lower_step(model: Model, definition, cfg, length: int):
     }
     batch = batch_shapes(cfg.batch_size, length)
     return step.lower(
-        placed(state, sharding.shardings(mesh, state)),
+        placed(state, sharding.shardings(mesh, state, shards.rules_of(definition))),
         frozen,
         everywhere(mesh, batch, sharding.batch_sharding(mesh)),
     )
@@ -79,7 +79,7 @@ def lower_round(model: Model, definition, request: Request, slots: int, sampling
     }
     if definition is not None:
         whole, buffers = shards.drafter_shapes(definition, model.params)
-        drafter = placed(whole, sharding.shardings(mesh, whole))
+        drafter = placed(whole, sharding.shardings(mesh, whole, shards.rules_of(definition)))
         held = {"buffers": everywhere(mesh, buffers, replicated)} if buffers else {}
         params["drafter"] = drafter | held
     engine = engine_of(model.config, definition, sampling, rule)

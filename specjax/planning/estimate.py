@@ -208,7 +208,7 @@ def _forward_sends(model: Model, rows: int) -> float:
 
 def _method(config, model: Model, c: Contender, request, slots, sampling, rule, chip) -> Method:
     whole, buffers = shards.drafter_shapes(c.definition, model.params)
-    tree = c.trees[0]
+    tree, rules = c.trees[0], shards.rules_of(c.definition)
     decoding = decode(model, tree, request, slots, sampling, rule)
     training, state_bytes = None, 0
     if c.definition.trained:
@@ -218,7 +218,7 @@ def _method(config, model: Model, c: Contender, request, slots, sampling, rule, 
     return Method(
         name=c.name, parameters=shards.count(whole),
         initial=stored if training else 0,
-        weights=shards.device_bytes(model.mesh, whole) if training else stored,
+        weights=shards.device_bytes(model.mesh, whole, rules) if training else stored,
         training=training, decoding=decoding,
         round=roofline(chip, decoding.round, link_bytes=sends), nodes=tree.nodes,
         stored=stored, checkpoints=CHECKPOINTS * state_bytes,
@@ -232,14 +232,15 @@ def _training(config, model: Model, c: Contender, whole, chip) -> tuple[Training
     objective = make_objective(cfg.loss, cfg.steps)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, objective.deepkd)
     state = state_shapes(whole, optimizer)
-    weights = shards.device_bytes(mesh, whole)
+    rules = shards.rules_of(c.definition)
+    weights = shards.device_bytes(mesh, whole, rules)
     peak = max(first.peak, gradients + second.peak)
     alive = first.alive if first.peak >= gradients + second.peak else second.alive
     rows = cfg.batch_size // mesh.shape["data"] * config.data.length
     sends = _forward_sends(model, rows) + all_reduce(gradients, mesh.shape["data"])
     training = Training(
         weights=weights,
-        optimizer=shards.device_bytes(mesh, state) - weights,
+        optimizer=shards.device_bytes(mesh, state, rules) - weights,
         gradients=gradients,
         temporaries=max(peak - gradients, 0),
         alive=alive,

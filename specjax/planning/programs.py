@@ -109,7 +109,7 @@ def _training_step(model: Model, definition: Drafter, recipe: str, length: int):
     shards.batch_share(model.mesh, cfg.batch_size)  # refused here if it does not divide
     batch = batch_shapes(cfg.batch_size // model.mesh.shape["data"], length)
     args = params, frozen, batch, _int32()
-    held = shards.shard_shapes(model.mesh, whole)
+    held = shards.shard_shapes(model.mesh, whole, shards.rules_of(definition))
     streams = objective.streams
     sizes = tuple(streams * shards.nbytes(leaf) for leaf in jax.tree.leaves(held))  # of gradients
     state = state_shapes(held, optimizer)

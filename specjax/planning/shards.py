@@ -49,19 +49,23 @@ def whole_bytes(tree) -> int:
     return sum(map(nbytes, jax.tree.leaves(tree)))
 
 
-def shard_shapes(mesh, tree):
+def rules_of(definition: Drafter) -> sharding.Rules:
+    """How a drafter's parameters and their optimiser state lie on a mesh."""
+    return (*definition.partition, *sharding.MODEL_RULES)
+
+
+def shard_shapes(mesh, tree, rules: sharding.Rules = sharding.MODEL_RULES):
     """The tree of what one device holds of each leaf."""
-    shardings = sharding.shardings(mesh, tree)
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(s.shard_shape(leaf.shape), leaf.dtype),
         tree,
-        shardings,
+        sharding.shardings(mesh, tree, rules),
     )
 
 
-def device_bytes(mesh, tree) -> int:
+def device_bytes(mesh, tree, rules: sharding.Rules = sharding.MODEL_RULES) -> int:
     """Bytes that one device holds of a tree."""
-    return whole_bytes(shard_shapes(mesh, tree))
+    return whole_bytes(shard_shapes(mesh, tree, rules))
 
 
 def batch_share(mesh, batch: int) -> int:
