@@ -40,7 +40,7 @@ from specjax.models.target import Target, load_target
 from specjax.processes import is_first
 from specjax.sampling import Sampling
 from specjax.training.acceptance import fit_acceptance, wants_acceptance_head
-from specjax.training.drafter import TauProbe, TrainingCost, train_drafter
+from specjax.training.drafter import TauProbe, TrainingCost, rows_apart, train_drafter
 from specjax.training.metrics import MetricsLog
 from specjax.training.progress import duration, say
 from specjax.training.sources import SOURCES, OwnRows, Writing
@@ -155,7 +155,8 @@ def batches(
             raise ValueError(f"{field}: rows of train.source {cfg.source!r} change in training")
     if config.data.packing:
         rows = pack_rows(rows)
-    alone = (0, 1) if written or whole else ()
+    apart = rows_apart(bench.mesh, cfg.batch_size)
+    alone = (0, 1) if written or whole or not apart else ()
     stream = Rows(rows, cfg.batch_size, seed, *alone)
     if cfg.cache_features:
         cache = FeatureCache(cfg.cache_features, target, taps, rows, cfg.batch_size)
@@ -216,6 +217,12 @@ def prepare(config: ConfigDict, folder) -> Bench:
             f"train.batch_size: {config.train.batch_size} rows do not divide over the mesh's data "
             f"x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} devices"
         )
+    tasks = {
+        task: load_prompts(
+            task, limit=config.eval.prompts or None, data_dir=config.data.data_dir or None
+        )
+        for task in config.eval.tasks
+    }
     target = load_target(
         config.target.name,
         config.target.dtype,
@@ -224,12 +231,6 @@ def prepare(config: ConfigDict, folder) -> Bench:
         config.sharding_rules,
     )
     prompts, rows = training_data(config, target, folder)
-    tasks = {
-        task: load_prompts(
-            task, limit=config.eval.prompts or None, data_dir=config.data.data_dir or None
-        )
-        for task in config.eval.tasks
-    }
     variants = [
         Method(name, drafter.with_budget(**any_paths(budget)))
         for name, drafter in init_all(config, target, rows, config.seed).items()

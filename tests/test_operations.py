@@ -22,6 +22,10 @@ COMMAND = [
     "--config.data.batch=4", "--config.data.max_new_tokens=8", "--config.data.length=64",
     "--config.eval.prompts=2", "--config.eval.max_new_tokens=8", "--config.eval.timing_repeats=1",
     "--config.eval.temperatures=(0.0,)", "--config.calibrate.prompts=0",
+    # Less to compile:
+    "--config.target.scan_layers=True", "--config.drafters.eagle3.init.steps=1",
+    "--config.drafters.eagle3.tree.draft_depth=1", "--config.drafters.eagle3.tree.top_k=1",
+    "--config.drafters.eagle3.tree.total_nodes=0",
 ]  # fmt: skip
 
 

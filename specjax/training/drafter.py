@@ -145,6 +145,20 @@ def place_rows(mesh, count: int, rows):
     return jax.tree.map(whole, rows)
 
 
+def rows_apart(mesh, count: int) -> bool:
+    """Whether process p of P holds rows p*count/P.. of a batch and no others, so can make them alone.
+
+    Not so where devices of several processes share rows: a "tensor" axis that spans hosts.
+    """
+    size, held = count // jax.process_count(), sharding.batch_sharding(mesh)
+    for device, (rows,) in held.devices_indices_map((count,)).items():
+        start, stop, _ = rows.indices(count)
+        first = device.process_index * size
+        if start < first or stop > first + size:
+            return False
+    return True
+
+
 def set_up(target, drafter, cfg, mesh, seed=0, reference: TrainedDrafter | None = None, rules=None):
     """(compiled step, state before the first one, what it reads besides) on their mesh."""
     rules = (*drafter.definition.partition, *sharding.MODEL_RULES) if rules is None else rules
