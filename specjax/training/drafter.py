@@ -146,10 +146,13 @@ def place_rows(mesh, count: int, rows):
 
 
 def rows_apart(mesh, count: int) -> bool:
-    """Whether process p of P holds rows p*count/P.. of a batch and no others, so can make them alone.
+    """Whether each process holds rows of a batch that no other holds, so can make them alone.
 
-    Not so where devices of several processes share rows: a "tensor" axis that spans hosts.
+    Those of process p of P are p*count/P and on. Not so where a "tensor" axis spans processes,
+    whose devices then share rows.
     """
+    if jax.process_count() == 1:
+        return True
     size, held = count // jax.process_count(), sharding.batch_sharding(mesh)
     for device, (rows,) in held.devices_indices_map((count,)).items():
         start, stop, _ = rows.indices(count)
