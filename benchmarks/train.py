@@ -183,13 +183,6 @@ def training_calls(target: Target, drafter: TrainedDrafter, cfg: ConfigDict, bat
     }
 
 
-PARTS = (
-    "target forward", "drafter forward and backward", "logits and loss, forward and backward",
-    "optimiser",
-)  # fmt: skip
-"""Those that make up a step."""
-
-
 # ---- what is measured ----------------------------------------------------------------------------
 
 
