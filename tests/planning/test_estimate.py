@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from configs import compare, fasteagle
@@ -22,6 +23,7 @@ def smoke():
     config = fasteagle.get_config("smoke")
     del config.drafters.eagle3
     config.target.scan_layers = True  # quicker to trace
+    config.train.batch_size = jax.device_count()  # a mesh is made of all devices there are
     return config, plan(config, H100)
 
 
@@ -120,7 +122,8 @@ cfg.optimizer.name, cfg.batch_size, cfg.loss.chunk = "adamw", batch, chunk
 first, second, gradients = training_step(model, drafter, cfg, 128)
 whole, _ = shards.drafter_shapes(drafter, model.params)
 state = state_shapes(whole, make_optimizer(cfg.optimizer, cfg.steps))
-held = shards.device_bytes(model.mesh, state) + shards.device_bytes(model.mesh, model.params)
+held = shards.device_bytes(model.mesh, state, shards.rules_of(drafter))
+held += shards.device_bytes(model.mesh, model.params)
 print("RATIO", (held + max(first.peak, gradients + second.peak))
       / total(lower_step(model, drafter, cfg, 128)))
 """
