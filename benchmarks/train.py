@@ -127,8 +127,8 @@ def training_calls(target: Target, drafter: TrainedDrafter, cfg: ConfigDict, bat
         return definition.teach(given, target.params, taps, tokens)
 
     def teach_back(params, taps, cotangents):
-        _, back = jax.vjp(lambda p: teach(p, taps), params)
-        return back(cotangents)
+        states, back = jax.vjp(lambda p: teach(p, taps), params)
+        return states, back(cotangents)
 
     def loss(states, readout, others, frozen, batch):
         def value(states, readout):
