@@ -7,6 +7,7 @@ prints each beside its floor: the larger of (weights and cache read) / (measured
 
     python -m benchmarks.decode --target=builtin
     python -m benchmarks.decode --target=random:768x2048x12x32000 --rows=1,8,16
+    python -m benchmarks.decode --geometry=llama31_8b
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from absl import app, flags
 from rich.console import Console
 
 from benchmarks import timing
-from benchmarks.targets import TARGET_HELP, get_target
+from benchmarks.targets import GEOMETRY_HELP, TARGET_HELP, geometry_target, get_target
 from benchmarks.work import Work, draft_pass, target_pass, weight_bytes
 from specjax import decoding
 from specjax.console import make_console, print_rows
@@ -34,6 +35,8 @@ from specjax.trees import Topology, chain
 from specjax.verification import get_rule
 
 _TARGET = flags.DEFINE_string("target", "builtin", TARGET_HELP)
+_GEOMETRY = flags.DEFINE_string("geometry", None, f"in place of --target: {GEOMETRY_HELP}")
+_LAYERS = flags.DEFINE_integer("layers", 0, "with --geometry: target layers, 0 = all of them")
 _DTYPE = flags.DEFINE_string("dtype", "float32", "float32 or bfloat16")
 _CONTEXT = flags.DEFINE_integer("context", 256, "committed tokens before the first round")
 _ROWS = flags.DEFINE_list("rows", ["1", "8", "16", "32", "64"], "rows per verification")
@@ -324,7 +327,10 @@ def main(argv):
     rows = sorted({int(r) for r in _ROWS.value})
     if rows[0] < 1 or _DEPTH.value < 1 or _CANDIDATES.value < 2 or _CONTEXT.value < 1:
         raise app.UsageError("rows, depth and context: at least 1; candidates: at least 2")
-    target = get_target(_TARGET.value, _DTYPE.value)
+    if _GEOMETRY.value:
+        target = geometry_target(_GEOMETRY.value, _LAYERS.value)
+    else:
+        target = get_target(_TARGET.value, _DTYPE.value)
     report = measure(
         target, _CONTEXT.value, rows, _DEPTH.value, _CANDIDATES.value, _REPEATS.value,
         _IN_A_ROW.value, _PROFILE.value,

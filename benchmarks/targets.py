@@ -1,11 +1,14 @@
 """The target that a benchmark runs: the built-in one, a folder, or random weights of a geometry."""
 
+import functools
 import re
 
 import jax
 import jax.numpy as jnp
 
+from configs.fasteagle import PUBLISHED
 from specjax.models.config import ModelConfig
+from specjax.models.known import KNOWN
 from specjax.models.target import Target, load_target
 from specjax.models.transformer import init_params
 
@@ -51,3 +54,34 @@ def get_target(spec: str, dtype: str = "float32", seed: int = 0) -> Target:
     config = random_config(spec)
     params = init_params(jax.random.key(seed), config, jnp.dtype(dtype))
     return Target(spec, config, params, tokenizer=None)
+
+
+GEOMETRY_HELP = (
+    f"random bfloat16 weights of a published target's geometry, one of {tuple(PUBLISHED)}; time "
+    "does not depend on the weights"
+)
+
+
+def geometry_target(name: str, layers: int = 0, dtype: str = "bfloat16") -> Target:
+    """Random weights of a published geometry, cut to `layers` layers (0: all).
+
+    Raises:
+      ValueError: an unknown geometry, or one with fewer layers.
+    """
+    if name not in PUBLISHED:
+        raise ValueError(f"geometry: {name!r} is unknown; one of {tuple(PUBLISHED)}")
+    config = KNOWN[PUBLISHED[name][0]]
+    if not 0 <= layers <= config.num_layers:
+        raise ValueError(f"layers: {layers} must be in [0, {config.num_layers}] for {name}")
+    config = config.replace(num_layers=layers or config.num_layers)
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config, jnp.dtype(dtype)))
+
+    # A leaf at a time and straight in its dtype: float32 twins of all would take twice the memory.
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def fill(key, shape, dtype):
+        return (0.02 * jax.random.normal(key, shape)).astype(dtype)
+
+    leaves, tree = jax.tree.flatten(shapes)
+    keys = jax.random.split(jax.random.key(0), len(leaves))
+    made = [fill(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return Target(name, config, jax.tree.unflatten(tree, made), tokenizer=None)

@@ -50,6 +50,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
 
+    config.tensorboard = False  # metrics.jsonl's numbers for TensorBoard too
     config.log_every = 20
     config.evaluate_every = 500
     config.checkpoint_every = 250

@@ -81,6 +81,8 @@ def base(name: str, preset: str) -> ConfigDict:
     config.sharding_rules = ()
     config.drafter_sharding = "rules"  # or "replicated": whole on every device beside the target
 
+    config.tensorboard = False  # metrics.jsonl's numbers for TensorBoard too; extra `tensorboard`
+
     config.target = ConfigDict()
     config.target.name = "builtin"  # "builtin", a Hugging Face folder or a hub id
     config.target.dtype = "float32"

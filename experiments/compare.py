@@ -209,6 +209,7 @@ class Bench:
 
 def prepare(config: ConfigDict, folder) -> Bench:
     """Loads the target, makes the training data and reads the prompts."""
+    metrics = MetricsLog(folder / "metrics.jsonl", config.tensorboard)
     mesh = sharding.make_mesh(config.mesh)
     sharded = mesh.size > 1
     if config.train.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
@@ -216,6 +217,12 @@ def prepare(config: ConfigDict, folder) -> Bench:
             f"train.batch_size: {config.train.batch_size} rows do not divide over the mesh's data "
             f"x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} devices"
         )
+    tasks = {
+        task: load_prompts(
+            task, limit=config.eval.prompts or None, data_dir=config.data.data_dir or None
+        )
+        for task in config.eval.tasks
+    }
     target = load_target(
         config.target.name,
         config.target.dtype,
@@ -224,12 +231,6 @@ def prepare(config: ConfigDict, folder) -> Bench:
         config.sharding_rules,
     )
     prompts, rows = training_data(config, target, folder)
-    tasks = {
-        task: load_prompts(
-            task, limit=config.eval.prompts or None, data_dir=config.data.data_dir or None
-        )
-        for task in config.eval.tasks
-    }
     variants = [
         Method(name, drafter.with_budget(**any_paths(budget)))
         for name, drafter in init_all(config, target, rows, config.seed).items()
@@ -241,7 +242,6 @@ def prepare(config: ConfigDict, folder) -> Bench:
     }
     drafters = {m.name: m.drafter.params for m in variants}
     sharding.check_rules([target.params, drafters], config.sharding_rules)
-    metrics = MetricsLog(folder / "metrics.jsonl")
     return Bench(config, folder, target, mesh, metrics, prompts, rows, tasks, shapes)
 
 

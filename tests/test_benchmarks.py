@@ -8,6 +8,10 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
+PARTS = (  # of a training step
+    "target forward", "drafter forward and backward", "logits and loss, forward and backward",
+    "optimiser",
+)  # fmt: skip
 TINY = "random:32x48x2x61:2:1:16"
 
 
@@ -68,3 +72,21 @@ def test_load_weighs_every_way_of_loading(tmp_path):
     assert list(rows) == ["specjax", "specjax, scan_layers", "naive"]
     assert len({row["held"] for row in rows.values()}) == 1
     assert all(row["seconds"] > 0 for row in rows.values())
+
+
+def test_train_shows_where_a_step_goes(tmp_path):
+    file = tmp_path / "train.json"
+    done = run(
+        "train", "--config=configs/fasteagle.py:smoke", f"--config.target.name={TINY}",
+        "--config.drafters.eagle3.init.draft_vocab_size=32", "--batch=2", "--length=16",
+        "--repeats=1", f"--json={file}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    rows = {row["what"]: row for row in report["rows"]}
+    for method in ("eagle3", "fasteagle"):
+        step, parts = rows[f"{method}: step"], [rows[f"{method}: {part}"] for part in PARTS]
+        assert step["flops"] == sum(part["flops"] for part in parts)  # nothing left out or twice
+        assert all(row["ms"] > 0 and row["share_of_dot"] > 0 for row in (step, *parts))
+    assert {host["method"] for host in report["host"]} == {"eagle3", "fasteagle"}
+    assert all(name in done.stdout for name in rows)

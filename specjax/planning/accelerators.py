@@ -7,10 +7,13 @@ gigabytes.
 Matrix products of float32 weights run at precision "highest" (models/transformer.py): plain float32
 on a GPU, six bfloat16 passes on a TPU. Link bandwidth is one way, out of one chip, all links
 together: half of what the pages call bidirectional, which is also a pod's all-reduce bandwidth by
-its chips (the v4's page gives only that).
+its chips (the v4's page gives only that). Names of devices are those that jax gives them (TPUs:
+jax's own pallas/mosaic/tpu_info.py; a v4's or v5p's two cores are one device).
 """
 
 import dataclasses
+
+import numpy as np
 
 GB, TERA = 1e9, 1e12
 
@@ -75,3 +78,31 @@ def get_accelerator(name: str) -> Accelerator:
     if name not in ACCELERATORS:
         raise ValueError(f"accelerator: {name!r} is unknown; one of {tuple(ACCELERATORS)}")
     return ACCELERATORS[name]
+
+
+_KINDS = {
+    "NVIDIA H100 80GB HBM3": "h100",  # SXM; the PCIe and NVL boards are slower and named otherwise
+    "NVIDIA H200": "h200",
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def of_device(kind: str) -> Accelerator | None:
+    """The chip that `jax.Device.device_kind` names; None for CPUs and what is not in the table."""
+    name = _KINDS.get(kind)
+    return None if name is None else ACCELERATORS[name]
+
+
+def peak_of(devices, dtype) -> float:
+    """Operations per second of all `devices` together on products of `dtype`; 0 where unknown."""
+    chips = [of_device(device.device_kind) for device in devices]
+    if None in chips:
+        return 0.0
+    precision = "float32" if dtype == np.float32 else "bfloat16"
+    return sum(chip.peak(precision) for chip in chips)

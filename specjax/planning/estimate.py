@@ -208,14 +208,14 @@ def _forward_sends(model: Model, rows: int) -> float:
 
 def _method(config, model: Model, c: Contender, request, slots, sampling, rule, chip) -> Method:
     whole, buffers = shards.drafter_shapes(c.definition, model.params)
-    tree = c.trees[0]
+    tree, rules = c.trees[0], shards.rules_of(c.definition)
     decoding = decode(model, tree, request, slots, sampling, rule)
     training, state_bytes = None, 0
     if c.definition.trained:
         training, state_bytes = _training(config, model, c, whole, chip)
     sends = _forward_sends(model, request.batch * tree.nodes)
     stored = shards.whole_bytes(whole) + shards.whole_bytes(buffers)
-    held = shards.device_bytes(model.mesh, whole, shards.rules_of(c.definition))
+    held = shards.device_bytes(model.mesh, whole, rules)
     return Method(
         name=c.name, parameters=shards.count(whole),
         initial=stored if training else 0,

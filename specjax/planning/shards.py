@@ -56,11 +56,10 @@ def rules_of(definition: Drafter) -> sharding.Rules:
 
 def shard_shapes(mesh, tree, rules: sharding.Rules = sharding.MODEL_RULES):
     """The tree of what one device holds of each leaf."""
-    shardings = sharding.shardings(mesh, tree, rules)
     return jax.tree.map(
         lambda leaf, s: jax.ShapeDtypeStruct(s.shard_shape(leaf.shape), leaf.dtype),
         tree,
-        shardings,
+        sharding.shardings(mesh, tree, rules),
     )
 
 

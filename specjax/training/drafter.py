@@ -15,9 +15,11 @@ from specjax.distillation.deepkd import stream_gradients
 from specjax.distillation.gsnr import probed_gsnr
 from specjax.generation import TrainedDrafter, collect, make_engine, start
 from specjax.models.target import Target
+from specjax.planning.accelerators import peak_of
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.loop import fit
 from specjax.training.metrics import MetricsLog
+from specjax.training.model_flops import model_flops
 from specjax.training.objective import Objective, drafter_loss, make_objective
 from specjax.training.optimizers import make_optimizer
 from specjax.training.state import create, make_step, one_gradient
@@ -105,15 +107,9 @@ def train_drafter(
         params = params | ({"buffers": buffers} if buffers else {})
         return dataclasses.replace(drafter, params=params)
 
-    rows_sharding = sharding.batch_sharding(mesh)
-
     def place(step, state):
-        # A process has its own rows of the batch, or all of them and keeps its own.
-        def whole(array):
-            shape = (cfg.batch_size, *array.shape[1:])
-            return jax.make_array_from_process_local_data(rows_sharding, array, shape)
-
-        return jax.tree.map(whole, batch_fn(step, state and with_params(state.params)))
+        rows = batch_fn(step, state and with_params(state.params))
+        return place_rows(mesh, cfg.batch_size, rows)
 
     def evaluate(state):
         # The state is donated to the next step: decode with a copy of its parameters, on one
@@ -125,19 +121,32 @@ def train_drafter(
     first = place(0, None)
     tokens_per_step = first["tokens"].size
     checkpoints = Checkpoints(folder / "checkpoints" / label.replace("/", "-"))
-    flops = (step.lower(state, frozen, first).cost_analysis() or {}).get("flops", 0.0)
+    traced = (step.lower(state, frozen, first).cost_analysis() or {}).get("flops", 0.0)
+    objective = make_objective(cfg.loss, cfg.steps)
+    flops = model_flops(drafter.definition, objective, state.params, frozen, first)
     state = fit(
         f"train/{label}", state, frozen, step, place, cfg.steps,
         checkpoints=checkpoints, checkpoint_every=cfg.checkpoint_every, metrics=metrics,
         log_every=cfg.log_every, evaluate=evaluate if cfg.tau_every else None,
         evaluate_every=cfg.tau_every, tokens_per_step=tokens_per_step, flops_per_step=flops,
+        peak_flops=peak_of(mesh.devices.flat, target.params["embed"].dtype),
     )  # fmt: skip
     checkpoints.close()
     if ratios := probed_gsnr(state.opt_state):
         metrics.write(f"train/{label}", cfg.steps, **ratios)
     seconds = metrics.seconds(f"train/{label}", tokens_per_step)
-    cost = TrainingCost(cost.tokens + cfg.steps * tokens_per_step, cost.seconds + seconds, flops)
+    cost = TrainingCost(cost.tokens + cfg.steps * tokens_per_step, cost.seconds + seconds, traced)
     return with_params(state.params), cost
+
+
+def place_rows(mesh, count: int, rows):
+    """A batch of `count` rows on its mesh; a process hands in its own, or all and keeps its own."""
+    layout = sharding.batch_sharding(mesh)
+
+    def whole(array):
+        return jax.make_array_from_process_local_data(layout, array, (count, *array.shape[1:]))
+
+    return jax.tree.map(whole, rows)
 
 
 def set_up(target, drafter, cfg, mesh, seed=0, reference: TrainedDrafter | None = None, rules=None):

@@ -30,6 +30,7 @@ def fit(
     evaluate_every: int = 0,
     tokens_per_step: int = 0,
     flops_per_step: float = 0.0,
+    peak_flops: float = 0.0,
 ) -> TrainState:
     """Trains until `steps`, resuming from the newest checkpoint there is.
 
@@ -44,7 +45,8 @@ def fit(
       checkpoints, checkpoint_every: where and how often (0: only at the end).
       metrics, log_every: rows of loss, gradient norm, throughput (see `Clock`).
       evaluate, evaluate_every: state -> dict of numbers, logged as its own row (decode-time tau).
-      tokens_per_step, flops_per_step: for throughput and MFU.
+      tokens_per_step, flops_per_step, peak_flops: for throughput and MFU; the last is what all
+        devices can do in a second, 0 where unknown.
 
     Raises:
       FloatingPointError: the loss or a gradient is not finite; the last good checkpoint stays.
@@ -58,7 +60,8 @@ def fit(
         metrics.rewind(stage, done)
     if done:
         say(f"{stage}: resuming at step {done} of {steps}")
-    clock, trace, pending = Clock(done, tokens_per_step, flops_per_step), StageTrace(stage), None
+    clock = Clock(done, tokens_per_step, flops_per_step, peak_flops)
+    trace, pending = StageTrace(stage), None
 
     def check(step, values):
         values = {k: float(v) for k, v in jax.device_get(values).items()}
@@ -74,6 +77,8 @@ def fit(
         for step in range(done + 1, steps + 1):
             trace()
             state, values = step_fn(state, frozen, batch_fn(step - 1, state))
+            if step == done + 1:
+                clock.go_on()  # that call compiled, which is no step's time
             # Fetch step t-1 while step t runs: the device never waits for the host.
             previous = check(*pending) if pending is not None else None
             pending = (step, values)
@@ -85,7 +90,7 @@ def fit(
                 metrics.write(stage, step, **values, **clock.rates(step))
             if checkpoints is not None and (final or due or stopping):
                 check(*pending)
-                clock.pause(step)
+                clock.pause()
                 checkpoints.save(step, state)
                 clock.go_on()
             if stopping and not final:
@@ -94,7 +99,7 @@ def fit(
                 raise Preempted(f"{stage}: stopped by SIGTERM, {saved}; the same command resumes")
             if evaluate is not None and evaluate_every and (step % evaluate_every == 0 or final):
                 jax.block_until_ready(state.step)
-                clock.pause(step)
+                clock.pause()
                 results = evaluate(state)
                 if metrics is not None:
                     metrics.write(stage, step, **results)
@@ -104,31 +109,45 @@ def fit(
 
 
 class Clock:
-    """Throughput of a training stage, and how much of the time it takes goes into steps."""
+    """Throughput of a training stage, and how much of the time it takes goes into steps.
 
-    def __init__(self, done: int, tokens_per_step: int, flops_per_step: float):
-        self.tokens, self.flops, self.peak = tokens_per_step, flops_per_step, 0.0
-        self.began = self.last = time.perf_counter()
-        self.counted, self.stepping, self.own, self.own_seconds = done, 0.0, done, 0.0
+    Args:
+      done: steps done before.
+      tokens_per_step, flops_per_step, peak_flops: see `fit`.
+      now: seconds since anything.
+    """
 
-    def pause(self, step: int) -> None:
+    def __init__(
+        self,
+        done: int,
+        tokens_per_step: int,
+        flops_per_step: float,
+        peak_flops: float = 0.0,
+        now: Callable[[], float] = time.perf_counter,
+    ):
+        self.tokens, self.flops, self.peak = tokens_per_step, flops_per_step, peak_flops
+        self.now = now
+        self.began = self.last = now()
+        self.stepping, self.own, self.own_seconds = 0.0, done, 0.0
+
+    def pause(self) -> None:
         """Ahead of work that is not a step."""
-        now = time.perf_counter()
+        now = self.now()
         self.stepping += now - self.last
         self.own_seconds += now - self.last
-        self.last, self.counted = now, step
+        self.last = now
 
     def go_on(self) -> None:
         """After it."""
-        self.last = time.perf_counter()
+        self.last = self.now()
 
     def rates(self, step: int) -> dict[str, float]:
-        """Since the last call, other work left out: tokens per second, TFLOP/s (XLA's count of a
-        step's operations), and their share of the devices' peak, `mfu`, where that is known; since
+        """Since the last call, other work left out: tokens per second, TFLOP/s (of
+        `flops_per_step`), and their share of the devices' peak, `mfu`, where that is known; since
         the stage began, `goodput`: the share of its time, compilation, checkpoints and evaluation
         included, that went into steps.
         """
-        self.pause(step)
+        self.pause()
         steps, seconds = step - self.own, max(self.own_seconds, 1e-9)
         self.own, self.own_seconds = step, 0.0
         found = {"tokens_per_s": round(self.tokens * steps / seconds, 1)}

@@ -1,5 +1,6 @@
-"""metrics.jsonl: one JSON object a line, appended as the run goes."""
+"""metrics.jsonl: one JSON object a line, appended as the run goes; TensorBoard on request."""
 
+import atexit
 import json
 import pathlib
 import time
@@ -11,8 +12,14 @@ from specjax.processes import is_first
 class MetricsLog:
     """Appends rows; a resumed stage first drops the rows that it will write again."""
 
-    def __init__(self, path: str | pathlib.Path):
+    def __init__(self, path: str | pathlib.Path, tensorboard: bool = False):
+        """Rows go to `path` and, with `tensorboard`, to the folder of that name beside it.
+
+        Raises:
+          ModuleNotFoundError: tensorboardX is wanted and not installed (on any process).
+        """
         self.path = pathlib.Path(path)
+        self.mirror = Mirror(self.path.parent / "tensorboard") if tensorboard else None
 
     def rows(self) -> list[dict]:
         """All whole rows; a last line that a killed run left unfinished is ignored."""
@@ -39,6 +46,8 @@ class MetricsLog:
         keep = [r for r in self.rows() if r.get("stage") != stage or r.get("step", 0) <= step]
         if is_first() and self.path.is_file():
             write_text(self.path, "".join(json.dumps(r) + "\n" for r in keep))
+        if is_first() and self.mirror is not None:
+            self.mirror.restart(stage, [r for r in keep if r.get("stage") == stage])
 
     def write(self, stage: str, step: int, **values):
         """One row; values are plain numbers, strings or lists of them."""
@@ -47,3 +56,50 @@ class MetricsLog:
         row = {"step": step, "stage": stage, "time": round(time.time(), 3)} | values
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        if self.mirror is not None:
+            self.mirror.write(row)
+
+
+class Mirror:
+    """The numbers of the rows as TensorBoard reads them: a run a stage, so that stages overlay."""
+
+    def __init__(self, folder: pathlib.Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "tensorboard: config.tensorboard needs tensorboardX: pip install "
+                "'specjax[tensorboard]'"
+            ) from error
+        self._make, self.folder, self._writers = SummaryWriter, folder, {}
+        atexit.register(self.close)
+
+    def restart(self, stage: str, rows: list[dict]) -> None:
+        """Hides all that was written of a stage and shows `rows` instead."""
+        if stage in self._writers:
+            self._writers.pop(stage).close()
+        self._open(stage, purge_step=0)
+        for row in rows:
+            self.write(row)
+
+    def write(self, row: dict) -> None:
+        """The numbers of one row; on disk about a second later."""
+        stage = row["stage"]
+        if stage not in self._writers:
+            self._open(stage)
+        for name, value in row.items():
+            if name not in ("step", "time") and isinstance(value, int | float):
+                self._writers[stage].add_scalar(name, value, row["step"], row["time"])
+
+    def close(self) -> None:
+        """Everything on disk."""
+        for writer in self._writers.values():
+            writer.close()
+        self._writers = {}
+
+    def _open(self, stage: str, purge_step: int | None = None) -> None:
+        # File names hold whole seconds: without the suffix two of one second would be one file.
+        self._writers[stage] = self._make(
+            str(self.folder / stage), purge_step=purge_step, flush_secs=1,
+            filename_suffix=f".{time.time_ns()}",
+        )  # fmt: skip

@@ -75,7 +75,7 @@ def pretrain(config: ConfigDict, folder):
 
     step_fn = make_step(loss_fn, optimizer)
     checkpoints = Checkpoints(folder / "checkpoints" / "pretrain")
-    metrics = MetricsLog(folder / "metrics.jsonl")
+    metrics = MetricsLog(folder / "metrics.jsonl", config.tensorboard)
     started, before = time.time(), 0
     sample = min(len(held_stream), 60_000)
 

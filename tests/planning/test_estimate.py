@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from configs import compare, fasteagle
@@ -22,7 +23,7 @@ def smoke():
     config = fasteagle.get_config("smoke")
     del config.drafters.eagle3
     config.target.scan_layers = True  # quicker to trace
-    config.train.batch_size = 8  # a row for each of the tests' devices
+    config.train.batch_size = jax.device_count()  # a mesh is made of all devices there are
     return config, plan(config, H100)
 
 
