@@ -76,7 +76,7 @@ def _by_setting(rows, value: str, threshold: str | None, finish: Callable, label
         _grid(axes, "x")
 
     lines = len(settings) * max(len(methods), 2)
-    return _svg(paint, 1.3 + 0.22 * lines, label)
+    return svg_of(paint, 1.3 + 0.22 * lines, label)
 
 
 def draw_cost(rows: Sequence[dict]) -> str:
@@ -94,7 +94,7 @@ def draw_cost(rows: Sequence[dict]) -> str:
         axes.set_ylabel("tau, tokens per round")
         _grid(axes, "both")
 
-    return _svg(paint, 3.8, "tau over draft cost")
+    return svg_of(paint, 3.8, "tau over draft cost")
 
 
 def draw_acceptance(rows: Sequence[dict], name: str) -> str:
@@ -115,7 +115,7 @@ def draw_acceptance(rows: Sequence[dict], name: str) -> str:
         axes.set_ylabel("accepted, %")
         _grid(axes, "y")
 
-    return _svg(paint, 3.4, f"acceptance by depth, {name}")
+    return svg_of(paint, 3.4, f"acceptance by depth, {name}")
 
 
 def draw_speedup(rows: Sequence[dict]) -> str:
@@ -139,7 +139,7 @@ def draw_speedup(rows: Sequence[dict]) -> str:
         axes.set_ylabel("speedup over vanilla")
         _grid(axes, "both")
 
-    return _svg(paint, 3.8, "speedup over tau")
+    return svg_of(paint, 3.8, "speedup over tau")
 
 
 def draw_rounds(rows: Sequence[dict]) -> str:
@@ -166,7 +166,7 @@ def draw_rounds(rows: Sequence[dict]) -> str:
         axes.set_xlabel("milliseconds per round")
         _grid(axes, "x")
 
-    return _svg(paint, 1.3 + 0.34 * len(parts), "where a round's time goes")
+    return svg_of(paint, 1.3 + 0.34 * len(parts), "where a round's time goes")
 
 
 def draw_differences(summary: Sequence[dict]) -> str:
@@ -188,7 +188,7 @@ def draw_differences(summary: Sequence[dict]) -> str:
         axes.set_xlabel("tau less plain's, tokens per round")
         _grid(axes, "x")
 
-    return _svg(paint, 1.0 + 0.3 * len(others), "tau of each objective less the plain one's")
+    return svg_of(paint, 1.0 + 0.3 * len(others), "tau of each objective less the plain one's")
 
 
 def standalone(svg: str) -> str:
@@ -209,7 +209,7 @@ def draw_curves(curves: Mapping[str, Curve], y_label: str, colours: Mapping[str,
         axes.set_ylabel(y_label)
         _grid(axes, "y")
 
-    return _svg(paint, 3.2, f"{y_label} by training step")
+    return svg_of(paint, 3.2, f"{y_label} by training step")
 
 
 def thin_out(steps: Sequence[float], values: Sequence[float], points: int = 300) -> Curve:
@@ -220,7 +220,7 @@ def thin_out(steps: Sequence[float], values: Sequence[float], points: int = 300)
     return means[0], means[1]
 
 
-def _svg(paint: Callable, height: float, label: str) -> str:
+def svg_of(paint: Callable, height: float, label: str, width: float = WIDTH) -> str:
     """Draw with `paint(axes)` and return an <svg> element fit for the inside of a page."""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -239,7 +239,7 @@ def _svg(paint: Callable, height: float, label: str) -> str:
         "lines.markersize": 6,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = FigureCanvasSVG(figure).figure.subplots()
         paint(axes)
         _legend(figure, axes)
