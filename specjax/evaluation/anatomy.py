@@ -22,11 +22,7 @@ def paths_to(parents: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def node_probabilities(
-    target: Target,
-    drafter: TrainedDrafter,
-    ids: Sequence[int],
-    tokens: Sequence[int],
-    parents: Sequence[int],
+    target: Target, drafter: TrainedDrafter, ids: Sequence[int], tree: DraftTree
 ) -> tuple[np.ndarray, np.ndarray]:
     """(q_T, p_T): the drafter's and the target's probability of each row's token after its path.
 
@@ -35,12 +31,13 @@ def node_probabilities(
 
     Args:
       ids: the committed tokens, the root last; two at least.
-      tokens, parents: of each row of the tree.
+      tree: batched; the first one is looked at.
 
     Raises:
       ValueError: a drafter that is not trained, a text too short, a root that is not the last
         token, or a tree deeper than the drafter was trained to draft.
     """
+    tokens, parents = (np.asarray(x[0]).tolist() for x in (tree.tokens_T, tree.parent_T))
     definition, paths = drafter.definition, paths_to(parents)
     if not definition.trained:
         raise ValueError(f"drafter {drafter.name!r} has no distribution of its own")

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from specjax.evaluation.figures import GREY, INK, standalone, svg_of
+from specjax.evaluation.figures import GREY, standalone, svg_of
 from specjax.shades import SHADE_RGB, opacity, shade
 
 _BLUE = tuple(part / 255 for part in SHADE_RGB)
 _CELL = 0.3  # inches: the height of a row of cells
 _LEVEL, _LANE = 1.45, 0.42  # inches from one depth of a tree to the next, and between its leaves
+_FULL = 0.5  # the fill of a share of 1: text on it stays legible
 _VISIBLE = {" ": "·", "\n": "↵", "\t": "→"}
 
 
@@ -57,9 +58,12 @@ def shaded(pieces: Sequence[tuple[str, int]], prompt: str = "") -> Passage:
     depths = range(1, max((shade(depth) for _, depth in pieces), default=0) + 1)
     legend = " ".join(_mark(f"&nbsp;depth {depth}&nbsp;", depth) for depth in depths)
     text = "".join(_mark(escape(text), depth) for text, depth in pieces)
-    style = "white-space:pre-wrap;overflow-wrap:anywhere;line-height:1.6;margin:.5em 0"
+    style = (
+        "font-family:ui-monospace,monospace;white-space:pre-wrap;overflow-wrap:anywhere;"
+        "line-height:1.6;margin:.5em 0"
+    )
     return Passage(
-        f"<div>the target's own token {legend}</div>"
+        f"<div>plain: the target's own. Accepted drafts: {legend or 'none'}</div>"
         f'<pre style="{style}"><span style="opacity:.6">{escape(prompt)}</span>{text}</pre>'
     )
 
@@ -202,7 +206,7 @@ def draw_cells(
       texts, shares: row by row.
       rows, columns: headings.
       label: what the picture shows, in words.
-      cell: width of a cell in inches; the headings of narrow columns stand upright.
+      cell: width of a cell in inches; the headings of columns under half an inch stand upright.
 
     Raises:
       ValueError: rows of unequal length, or a share out of range.
@@ -213,14 +217,14 @@ def draw_cells(
             raise ValueError(f"{name}: {size[0]} rows of {size[1]} cells are expected")
     if not all(0 <= share <= 1 for line in shares for share in line):
         raise ValueError("shares: numbers from 0 to 1 are expected")
-    upright = cell < 0.6
+    upright = cell < 0.5
 
     def paint(axes):
         from matplotlib.patches import Rectangle
 
         for r, (line, fills) in enumerate(zip(texts, shares, strict=True)):
             for c, (text, share) in enumerate(zip(line, fills, strict=True)):
-                fill = (*_BLUE, 0.85 * float(share))
+                fill = (*_BLUE, _FULL * float(share))
                 axes.add_patch(
                     Rectangle((c, r), 1, 1, facecolor=fill, edgecolor=GREY, linewidth=0.4)
                 )

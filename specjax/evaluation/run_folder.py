@@ -38,6 +38,14 @@ class RunFolder:
         """The result rows, none where there are no results."""
         return self.results["rows"] if self.results else []
 
+    @property
+    def status(self) -> str:
+        """Whether it is complete, in words; what is missing, a line each."""
+        if not self.missing:
+            return f"{self.folder}: complete, {len(self.rows)} rows"
+        lines = [f"{self.folder}: INCOMPLETE", *self.missing]
+        return "\n  - ".join(lines)
+
 
 def read_run(folder: str | os.PathLike) -> RunFolder:
     """Reads what there is of a run, finished or not.

@@ -1,4 +1,4 @@
-"""A node's probabilities, recomputed from whole texts, are those that the round itself works with."""
+"""Node probabilities, recomputed from whole texts, are those that a round works with."""
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ from specjax import decoding
 from specjax.evaluation.anatomy import node_probabilities, paths_to, tree_view
 from specjax.generation import init_drafter, make_engine, start
 from specjax.sampling import Sampling
+from specjax.trees import chain
 
 IDS = [3, 5, 1, 8, 2]
 
@@ -41,7 +42,7 @@ def drafted(request, target):
 def test_probabilities_are_those_of_the_round(target, drafted):
     drafter, tree, logits_TxV, text = drafted
     tokens, parents = np.asarray(tree.tokens_T[0]), np.asarray(tree.parent_T[0])
-    q_T, p_T = node_probabilities(target, drafter, text, tokens.tolist(), parents.tolist())
+    q_T, p_T = node_probabilities(target, drafter, text, tree)
     law_TxV = np.exp(np.asarray(tree.law_TxV[0], np.float64))
     logits_TxV = logits_TxV.astype(np.float64)
     p_TxV = np.exp(logits_TxV - np.logaddexp.reduce(logits_TxV, axis=-1, keepdims=True))
@@ -84,11 +85,12 @@ def test_what_has_no_probability_is_refused(target):
     learned = init_drafter("fasteagle", target, num_layers=2)
     looked_up = init_drafter("prompt_lookup", target)
     cases = [
-        (looked_up, IDS, [2, 1], [-1, 0], "prompt_lookup' has no distribution"),
-        (learned, IDS, [3, 1], [-1, 0], "the tree's root the last"),
-        (learned, [2], [2, 1], [-1, 0], "two tokens at least"),
-        (learned, IDS, [2, 1, 1, 1], [-1, 0, 1, 2], "depth 3, but 'fasteagle' is trained for 2"),
+        (looked_up, IDS, [2, 1], "prompt_lookup' has no distribution"),
+        (learned, IDS, [3, 1], "the tree's root the last"),
+        (learned, [2], [2, 1], "two tokens at least"),
+        (learned, IDS, [2, 1, 1, 1], "depth 3, but 'fasteagle' is trained for 2"),
     ]
-    for drafter, ids, tokens, parents, message in cases:
+    for drafter, ids, tokens, message in cases:
+        tree = chain(len(tokens) - 1).draft(np.array([tokens]))
         with pytest.raises(ValueError, match=message):
-            node_probabilities(target, drafter, ids, tokens, parents)
+            node_probabilities(target, drafter, ids, tree)

@@ -41,7 +41,7 @@ def folder(tmp_path, make_rows):
 
 def test_a_finished_run_lacks_nothing(folder):
     run = read_run(folder)
-    assert run.missing == ()
+    assert run.missing == () and run.status == f"{folder}: complete, 6 rows"
     assert len(run.rows) == 6 and set(run.drafters) == {"fasteagle", "eagle3"}
     assert run.config["experiment"] == "compare" and run.overrides == {"seed": 0}
     assert set(run.curves["loss"]) == {"train/fasteagle", "train/eagle3"}
@@ -64,7 +64,7 @@ def test_a_part_taken_away_is_named_and_the_rest_is_read(folder, part):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     run = read_run(folder)
     (line,) = run.missing
-    assert PARTS[part] in line
+    assert PARTS[part] in line and run.status == f"{folder}: INCOMPLETE\n  - {line}"
     assert bool(run.rows) == (part != "results.json")
     assert bool(run.curves["loss"]) == (part != "metrics.jsonl")
 
