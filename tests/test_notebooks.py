@@ -53,9 +53,7 @@ def test_a_notebook_stands_as_it_ran(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_name_no_place_and_show_no_bars(path):
     text = json.dumps([cell.outputs for cell in code_cells(read(path))])
-    assert not re.findall(
-        r"(?<![\w.<*\\])/(?:home|root|tmp|usr|opt|mnt|work|Users|content)\b", text
-    )
+    assert not re.findall(r"(?<![\w.<*:/-])/\w[\w.-]*/[\w./-]*", text)
     assert not re.findall(r"\\r|it/s|\d+/\d+, \d+ s left|resuming at step|@0x|object at 0x", text)
 
 
