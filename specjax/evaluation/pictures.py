@@ -15,7 +15,7 @@ from specjax.shades import SHADE_RGB, opacity, shade
 _BLUE = tuple(part / 255 for part in SHADE_RGB)
 _CELL = 0.3  # inches: the height of a row of cells
 _LEVEL, _LANE = 1.45, 0.42  # inches from one depth of a tree to the next, and between its leaves
-_FULL = 0.5  # the fill of a share of 1: text on it stays legible
+_FULL = 0.3  # the fill of a share of 1: mid-grey text on it stays legible on either ground
 _VISIBLE = {" ": "·", "\n": "↵", "\t": "→"}
 
 
@@ -181,7 +181,7 @@ def _paint_tree(axes, view: TreeView, left: float) -> None:
             "linestyle": "--" if own else "-",
         }
         axes.text(x, y, labels[row], ha="center", va="center", bbox=box, fontsize=9.5)
-        axes.text(x, y + 0.47, notes[row], ha="center", va="center", fontsize=7.5, alpha=0.75)
+        axes.text(x, y + 0.47, notes[row], ha="center", va="center", fontsize=8)
 
 
 def _half_width(label: str) -> float:
@@ -228,7 +228,7 @@ def draw_cells(
                 axes.add_patch(
                     Rectangle((c, r), 1, 1, facecolor=fill, edgecolor=GREY, linewidth=0.4)
                 )
-                axes.text(c + 0.5, r + 0.52, text, ha="center", va="center", fontsize=8.5)
+                axes.text(c + 0.5, r + 0.52, text, ha="center", va="center", fontsize=9)
         axes.set_xlim(0, size[1])
         axes.set_ylim(size[0], 0)
         axes.set_yticks([r + 0.5 for r in range(size[0])], rows, fontsize=9)

@@ -117,7 +117,7 @@ def test_cells_hold_their_texts_on_fills_as_strong_as_their_shares():
     assert set("abc") | {"first", "second", "left", "right"} <= set(words(svg))
     fills = [float(x) for x in re.findall(r"fill: #4a8fdc; opacity: ([\d.]+)", svg)]
     fills += [float(x) for x in re.findall(r"fill: #4a8fdc; fill-opacity: ([\d.]+)", svg)]
-    assert sorted(fills)[-3:] == pytest.approx([0.125, 0.25, 0.5])
+    assert sorted(fills)[-3:] == pytest.approx([0.075, 0.15, 0.3])
 
 
 @pytest.mark.parametrize(
