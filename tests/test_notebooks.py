@@ -88,7 +88,7 @@ def test_quickstart_then_the_notebooks_that_read_it(workdir, monkeypatch):
     assert read_run(folder).missing == ()
 
     text = run("read_a_run", workdir, monkeypatch, SPECJAX_RUN=str(folder))
-    assert "complete, 4 rows" in text and "fasteagle: 4 of 4 answers equal" in text
+    assert "complete, 4 rows" in text and "fasteagle-temp-0.0: 4 of 4 equal" in text
     (folder / "results.json").unlink()
     text = run("read_a_run", workdir, monkeypatch, SPECJAX_RUN=str(folder))
     assert "INCOMPLETE" in text and "has not finished" in text
