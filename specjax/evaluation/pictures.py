@@ -14,8 +14,9 @@ from specjax.shades import SHADE_RGB, opacity, shade
 
 _BLUE = tuple(part / 255 for part in SHADE_RGB)
 _CELL = 0.3  # inches: the height of a row of cells
-_LEVEL, _LANE = 1.45, 0.42  # inches from one depth of a tree to the next, and between its leaves
+_LEVEL, _LANE = 1.1, 0.42  # inches from one depth of a tree to the next, and between its leaves
 _FULL = 0.3  # the fill of a share of 1: mid-grey text on it stays legible on either ground
+_WIDEST = 690.0  # points: what a notebook's page has room for
 _VISIBLE = {" ": "·", "\n": "↵", "\t": "→"}
 
 
@@ -26,8 +27,9 @@ class Picture:
     svg: str
 
     def _repr_svg_(self) -> str:
-        _, _, width, height = re.search(r'viewBox="([^"]*)"', self.svg)[1].split()
-        size = f'width="{width}pt" height="{height}pt" style="max-width:100%;height:auto"'
+        _, _, *size = map(float, re.search(r'viewBox="([^"]*)"', self.svg)[1].split())
+        width, height = (min(1.0, _WIDEST / size[0]) * side for side in size)
+        size = f'width="{width:.1f}pt" height="{height:.1f}pt" style="max-width:100%;height:auto"'
         return standalone(self.svg).replace("<svg ", f"<svg {size} ", 1)
 
 

@@ -95,6 +95,7 @@ def test_two_trees_stand_beside_each_other():
     width = lambda svg: float(re.search(r'width="([\d.]+)pt"', svg)[1])  # noqa: E731
     assert width(both) > 1.8 * width(one)
     assert words(draw_trees(views)).count("b") == 2
+    assert width(Picture(draw_trees(4 * views))._repr_svg_()) == 690  # what a page has room for
 
 
 @pytest.mark.parametrize(
