@@ -19,10 +19,12 @@ WIDTH = 4.8  # inches; a page shows a figure at its own width or narrower
 FONT = 9.5  # points, at that width
 
 
-def draw(paint: Callable, height: float, label: str, about: str = "", **panels) -> str:
+def draw(
+    paint: Callable, height: float, label: str, about: str = "", width: float = WIDTH, **panels
+) -> str:
     """Draw with `paint(axes)` and return an <svg> element fit for the inside of a page.
 
-    height: inches
+    height, width: inches
     label:  names the figure, and its ids: no two of a page may share it
     about:  what it shows, in words, for those who cannot see it
     panels: nrows, ncols, sharex, ... of `Figure.subplots`; `paint` gets a list of axes then
@@ -51,7 +53,7 @@ def draw(paint: Callable, height: float, label: str, about: str = "", **panels) 
         "lines.linewidth": 1.6,
     }
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         axes = FigureCanvasSVG(figure).figure.subplots(**panels, squeeze=False)
         paint(list(axes.flat) if panels else axes[0, 0])
         out = io.StringIO()
