@@ -10,6 +10,7 @@ import pathlib
 
 from absl import app, flags
 
+from experiments.commands import parse_flags
 from specjax import load_drafter, load_target
 from specjax.console import make_console
 from specjax.interchange import DTYPES, FORMATS, export_drafter
@@ -62,4 +63,4 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["drafter", "target", "format", "out"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

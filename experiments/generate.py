@@ -19,6 +19,7 @@ from contextlib import contextmanager
 
 from absl import app, flags
 
+from experiments.commands import parse_flags
 from experiments.screens import measures, open_screen
 from specjax import init_drafter, load_drafter, load_target
 from specjax.data.templates import FALLBACK_TEMPLATES, encode_chat, encode_prompt, turn_messages
@@ -336,15 +337,6 @@ def main(argv):
     except BrokenPipeError:  # the reader has gone; what is left in the buffer has nowhere to go
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-
-
-def parse_flags(argv):
-    """absl's parser ends with status 1 on a bad flag."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"generate: {error} (--help lists the flags)", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

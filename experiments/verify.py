@@ -10,22 +10,13 @@ import json
 import sys
 
 from absl import app, flags
-from rich.console import Console
 
+from experiments.checks import verify
+from experiments.commands import parse_flags, usage_error
 from specjax import load_drafter, load_target
-from specjax.console import make_console, print_rows
 from specjax.data.prompts import load_prompts
 from specjax.evaluation.benchmark import Protocol, prompt_ids
-from specjax.evaluation.exactness import (
-    Check,
-    Settings,
-    check_pair,
-    outcome,
-    overall,
-    resolve_rules,
-    rounding_tie,
-    verdict_line,
-)
+from specjax.evaluation.exactness import Settings, resolve_rules
 from specjax.files import write_text
 from specjax.verification import get_rule
 
@@ -48,71 +39,6 @@ _ALPHA = flags.DEFINE_float(
     "alpha", 0.01, "chance, over all temperatures together, of refusing an exact pair"
 )
 _JSON = flags.DEFINE_string("json", None, "file to write the outcome to")
-
-
-def usage_error(flag: str, error) -> app.UsageError:
-    """An error that names the flag and ends with status 2."""
-    return app.UsageError(f"--{flag}: {error}", exitcode=2)
-
-
-# ---- printing ------------------------------------------------------------------------------------
-
-
-def print_check(console: Console, check: Check, settings: Settings, tie: float, drafted: bool):
-    """Tables, explanations and the verdict line of one temperature."""
-    drafts = f", {check.accepted} of {check.tokens} tokens accepted drafts" if drafted else ""
-    console.print(f"\nT={check.temperature:g}, rule {check.rule}{drafts}", style="bold")
-    if check.tests:
-        rows = [
-            (t.name, f"{t.symbol} = {t.statistic:.3f}", f"{t.p_value:.3g}") for t in check.tests
-        ]
-        print_rows(console, "test|statistic|p-value", rows)
-    if check.divergences:
-        rows = [
-            (
-                str(d.answer), str(d.position), f"{d.gap:.3g}", str(d.reference), str(d.emitted),
-                "tie" if d.gap < tie else "differs",
-            )
-            for d in check.divergences
-        ]  # fmt: skip
-        print_rows(console, "prompt|new token|logit gap|reference|emitted|triage", rows)
-    for failure in check.failures:
-        console.print(f"failed: {failure}", style="red")
-    if drafted and not check.accepted:
-        console.print("note: no drafted token was accepted, so acceptance itself was not checked")
-    style = {True: "green", False: "red", None: "yellow"}[check.passed]
-    console.print(verdict_line(check, settings), style=style)
-
-
-# ---- running -------------------------------------------------------------------------------------
-
-
-def verify(target, drafter, prompts, rule=None, settings=None, file=None) -> tuple[int, dict]:
-    """Checks a pair and prints what it finds.
-
-    Args:
-      target, drafter, prompts, rule, settings: see `exactness.check_pair`; the rule may be an
-        object of one's own.
-      file: where to print; standard output if absent.
-
-    Returns:
-      (exit status, what --json writes).
-    """
-    settings = settings or Settings()
-    console = make_console(file, soft_wrap=True)
-    tie, noise = rounding_tie(target, drafter, prompts)
-    console.print(
-        f"{target.name}, {'no drafter' if drafter is None else drafter.name}, "
-        f"{target.params['embed'].dtype}, {len(prompts)} prompts x {settings.max_new_tokens} tokens"
-    )
-    measured = f", 4 x the measured {noise:.2g}" if noise else ""
-    console.print(f"logits closer than {tie:.2g} count as tied{measured}")
-    checks = check_pair(target, drafter, prompts, rule, settings, tie)
-    for check in checks:
-        print_check(console, check, settings, tie, drafter is not None)
-    console.print(f"\n{overall(checks)}", style="bold")
-    report = outcome(checks, settings, tie)
-    return int(not report["passed"]), report
 
 
 def read_flags():
@@ -161,15 +87,6 @@ def main(argv):
         except OSError as error:
             raise usage_error("json", error) from error
     sys.exit(status)
-
-
-def parse_flags(argv):
-    """absl's parser ends with status 1 on a bad flag; that status means a failed check here."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        print(f"{error}\nPass --help for the flags.", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -117,6 +117,13 @@ def programs() -> dict[str, set[str]]:
     return {module: flags for module, flags in found.items() if flags}
 
 
+# First words of flags of gcloud, Slurm, the hub's client, uv and the trace viewers.
+OTHERS = set(
+    "zone node accelerator runtime spot worker command token include local force job nodes ntasks "
+    "gpus cpus mem time requeue signal open output kill version python logdir".split()
+)
+
+
 def unknown_flags(page: pathlib.Path, text: str):
     known = programs()
     every = set().union(*known.values())
@@ -129,7 +136,7 @@ def unknown_flags(page: pathlib.Path, text: str):
         elif command and not is_placeholder(command[1]) and not resolves(command[1]):
             yield f"python -m {command[1]}: no such module"
         for flag in re.findall(r"(?<![\w-])--([a-z]\w*)", line):
-            if flag not in allowed and not flag.startswith("xla_"):
+            if flag not in allowed | OTHERS and not flag.startswith("xla_"):
                 yield f"--{flag}: {command[1] if command else 'no program'} does not know it"
 
 

@@ -14,7 +14,9 @@ import pytest
 from toys import toy_target
 
 import specjax
-from experiments import compare
+from experiments import compare, training_data
+from specjax import sharding
+from specjax.data.rows import pad_rows
 from specjax.evaluation.benchmark import Shapes
 from specjax.evaluation.report import report_run
 from specjax.evaluation.results import FURTHER_KEYS, ROW_KEYS, read_results
@@ -158,18 +160,18 @@ def writers(tmp_path_factory):
     ]
     (folder / "prompts.jsonl").write_text("\n".join(lines))
     config.data.prompts, config.data.count = str(folder / "prompts.jsonl"), len(answers)
-    ids = compare.training_prompts(config, target)
-    rows = compare.pad_rows([(row, len(row)) for row in ids], config.data.length, True)
+    ids = training_data.training_prompts(config, target)
+    rows = pad_rows([(row, len(row)) for row in ids], config.data.length, True)
     bench = compare.Bench(
-        config, folder, target, mesh=None, metrics=None, train_prompts=ids, train_rows=rows,
-        tasks={}, shapes={},
+        config, folder, target, sharding.make_mesh((1, 1, 1), jax.devices()[:1]), metrics=None,
+        train_prompts=ids, train_rows=rows, tasks={}, shapes={},
     )  # fmt: skip
     return bench, answers
 
 
 def test_people_s_text_is_the_prompt_and_its_known_answer(writers):
     bench, answers = writers
-    rows = compare.text_rows(bench.config, bench.target, bench.train_prompts)
+    rows = training_data.text_rows(bench.config, bench.target, bench.train_prompts)
     for prompt, answer, tokens, mask in zip(
         bench.train_prompts, answers, rows["tokens"], rows["supervised"], strict=True
     ):
@@ -190,7 +192,7 @@ def test_a_source_that_cannot_be_is_refused_by_name(writers):
     ):
         cfg.source, cfg.loss.gate = source, gate
         with pytest.raises(ValueError, match=message):
-            compare.batches(bench, "fasteagle", cfg, 0, "")
+            training_data.batches(bench, "fasteagle", cfg, 0, "")
 
 
 def test_rows_that_change_are_neither_packed_nor_cached(writers):
@@ -198,11 +200,11 @@ def test_rows_that_change_are_neither_packed_nor_cached(writers):
     cfg = compare.train_config(bench.config, "fasteagle")
     cfg.source, cfg.cache_features = "drafter", "somewhere"
     with pytest.raises(ValueError, match="train.cache_features: .*'drafter' change"):
-        compare.batches(bench, "fasteagle", cfg, 0, "")
+        training_data.batches(bench, "fasteagle", cfg, 0, "")
     packing = bench.config.copy_and_resolve_references()
     packing.data.packing, cfg.cache_features = True, ""
     with pytest.raises(ValueError, match="data.packing: .*'drafter' change"):
-        compare.batches(dataclasses.replace(bench, config=packing), "fasteagle", cfg, 0, "")
+        training_data.batches(dataclasses.replace(bench, config=packing), "fasteagle", cfg, 0, "")
 
 
 def test_conversations_packed_and_cached_are_what_is_trained_on(writers, tmp_path, capsys):
@@ -218,7 +220,7 @@ def test_conversations_packed_and_cached_are_what_is_trained_on(writers, tmp_pat
     config.data.conversations, config.data.regenerate = str(tmp_path / "talk.jsonl"), False
     config.data.skip_damaged, config.data.packing, config.data.length = True, True, 32
     config.eval.chat_template.name, config.data.count = "plain", 99
-    prompts, rows = compare.training_data(config, bench.target, tmp_path)
+    prompts, rows = training_data.training_data(config, bench.target, tmp_path)
     said = capsys.readouterr().out
     assert "1 damaged rows skipped" in said and "talk.jsonl:7: " in said and "cut to 32" in said
     assert rows["tokens"].shape == (6, 32)
@@ -228,7 +230,7 @@ def test_conversations_packed_and_cached_are_what_is_trained_on(writers, tmp_pat
     cfg = compare.train_config(config, "fasteagle")
     cfg.batch_size, cfg.cache_features = 2, str(tmp_path / "cache")
     packed = dataclasses.replace(bench, config=config, train_rows=rows, train_prompts=prompts)
-    batch = compare.batches(packed, "fasteagle", cfg, 0, "", (0, 1))(3, None)
+    batch = training_data.batches(packed, "fasteagle", cfg, 0, "", (0, 1))(3, None)
     assert batch["segments"].max() > 1 and batch["tokens"].shape == (2, 32)
     assert batch["features"]["taps"].shape == (2, 32, 2 * bench.target.config.hidden_size)
 

@@ -114,11 +114,11 @@ def test_commands_to_the_terminal_are_shown_not_obeyed():
 
 
 def test_shades_are_distinct_and_shared_with_the_report():
-    from specjax.evaluation import report
+    from specjax.evaluation.page import STYLE
 
     styles = [terminal_style(depth) for depth in range(SHADES + 3)]
     assert len(set(styles)) == SHADES + 1 and not styles[0] and styles[-1] == styles[SHADES]
-    assert all(f".d{depth} " in report._STYLE for depth in range(1, SHADES + 1))
+    assert all(f".d{depth} " in STYLE for depth in range(1, SHADES + 1))
 
 
 # ---- measures ------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def training_config(name: str) -> ConfigDict:
 
 
 def rows():
-    tokens = np.random.default_rng(0).integers(0, 64, (8, 24)).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 25)).astype(np.int32)
     supervised = np.ones_like(tokens, bool)
     supervised[:, :5] = False
     return {"tokens": tokens, "supervised": supervised}
@@ -111,11 +111,11 @@ def test_a_device_holds_the_states_of_its_own_rows_only(shape):
     batch = sharding.place(rows(), sharding.batch_sharding(mesh))
     text = step.lower(state, frozen, batch).compile().as_text()
     own = 8 // (shape[0] * shape[1])
-    found = {int(n) for n in re.findall(r"f32\[(\d+),24,32\]", text)}
+    found = {int(n) for n in re.findall(r"f32\[(\d+),25,32\]", text)}
     assert max(found) == own
     # A matrix product flattens rows and positions.
     flat = {int(n) for n in re.findall(r"f32\[(\d+),\d+\]\S* dot\(", text)}
-    assert own * 24 in flat and not flat & {n * 24 for n in (2, 4, 8) if n > own}
+    assert own * 25 in flat and not flat & {n * 25 for n in (2, 4, 8) if n > own}
 
 
 CASES = [

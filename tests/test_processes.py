@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -28,7 +29,8 @@ def free_port() -> int:
 def environment(devices: int) -> dict:
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     flags = f"--xla_force_host_platform_device_count={devices}"
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths}
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    return os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths}
 
 
 def together(folder, count=2, mesh="2,1,1", devices=1, die_at=None, seconds=240):

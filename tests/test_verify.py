@@ -15,7 +15,7 @@ import pytest
 from toys import toy_target
 
 import specjax
-from experiments.verify import verify
+from experiments.checks import verify
 from specjax.evaluation import exactness
 from specjax.evaluation.exactness import Settings, check_pair, rounding_tie, row_noise
 from specjax.evaluation.lossless import TIE

@@ -52,9 +52,12 @@ def test_a_drafter_computes_with_what_is_held_of_it(name):
     here = shards.share_of_drafter(mesh, definition, whole, target)
     own, _ = shards.drafter_shapes(here, shards.target_shapes(target, "float32", False))
     held = shapes(shards.shard_shapes(mesh, whole, shards.rules_of(definition)))
-    # Split along the hidden size, which the program of one device keeps whole.
+    # Split along the features that go in, which the program of one device keeps whole.
     own = {k: v for k, v in shapes(own).items() if k not in ("fc", "entry")}
-    assert own == {k: held[k] for k in own} and held["fc"][-1] == CONFIG.hidden_size // 4
+    assert own == {k: held[k] for k in own} and held["fc"] == (
+        3 * CONFIG.hidden_size // 4,
+        CONFIG.hidden_size,
+    )
 
 
 @pytest.mark.parametrize("name", list(DRAFTERS))

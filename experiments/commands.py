@@ -1,0 +1,19 @@
+"""What command lines share: how a wrong flag ends a program, with status 2."""
+
+import sys
+
+from absl import app, flags
+
+
+def usage_error(flag: str, error) -> app.UsageError:
+    """An error that names the flag and ends with status 2."""
+    return app.UsageError(f"--{flag}: {error}", exitcode=2)
+
+
+def parse_flags(argv):
+    """absl's own parser ends with status 1, which some programs need for something else."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        print(f"{error}\nPass --help for the flags.", file=sys.stderr)
+        sys.exit(2)
