@@ -1,5 +1,6 @@
 """What command lines share: how a wrong flag ends a program, with status 2."""
 
+import pathlib
 import sys
 
 from absl import app, flags
@@ -15,5 +16,6 @@ def parse_flags(argv):
     try:
         return flags.FLAGS(argv)
     except flags.Error as error:
-        print(f"{error}\nPass --help for the flags.", file=sys.stderr)
+        program = pathlib.Path(argv[0]).stem
+        print(f"{program}: {error} (--help lists the flags)", file=sys.stderr)
         sys.exit(2)

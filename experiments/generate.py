@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments.commands import parse_flags
 from experiments.screens import measures, open_screen
@@ -325,6 +325,7 @@ def run() -> int:
 
 
 def main(argv):
+    logging.set_verbosity(logging.WARNING)  # jax tells of the accelerators that are not there
     try:
         if len(argv) > 1:
             raise Wrong(f"unexpected argument {argv[1]!r}")

@@ -441,7 +441,7 @@ def test_the_command_on_a_terminal(folder):
     window.until("draft depth")
     window.until("> ")
     window.type(b"def main\n")
-    window.until("tokens/s")
+    window.until("tau ")  # a round is over
     window.type(b"\x03")  # ends the answer
     window.until("\x1b[?25h")
     window.until("> ")

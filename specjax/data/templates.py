@@ -184,6 +184,11 @@ def first_question(row: str) -> str | None:
 
 
 def raw_messages(row: str | dict) -> list[Message]:
+    """The messages of one conversation row as they stand, {"role", "content"} each.
+
+    Raises:
+      ValueError: not JSON, or no form of conversation that is known.
+    """
     try:
         fields = row if isinstance(row, dict) else json.loads(row)
     except json.JSONDecodeError as error:

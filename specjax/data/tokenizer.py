@@ -1,6 +1,7 @@
 """Byte-level BPE: trained on any text, saved and loaded as a Hugging Face tokenizer folder."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises FileNotFoundError for a folder without tokenizer.json and ValueError for a file that
     cannot be read as a tokenizer, naming the file in both cases.
     """
+    # Its advice to install torch is not for us.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import PreTrainedTokenizerFast
 
     if not Path(folder).is_dir():
