@@ -76,7 +76,8 @@ def base(name: str, preset: str) -> ConfigDict:
     config.experiment = "compare"
     config.preset = preset
     config.seed = 0
-    config.mesh = (-1, 1, 1)  # ("data", "fsdp", "tensor"); -1 takes what is left
+    # ("data", "fsdp", "tensor"); -1 takes what is left, (1, 1, 1) is one device of however many.
+    config.mesh = (1, 1, 1)
     # Ordered (regex over the end of a path, axes by dimension), before specjax/sharding.py's own.
     config.sharding_rules = ()
     config.drafter_sharding = "rules"  # or "replicated": whole on every device beside the target

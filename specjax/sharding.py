@@ -43,6 +43,8 @@ LEADING = 2  # most dimensions before those that a rule names
 def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices=None) -> Mesh:
     """A ("data", "fsdp", "tensor") mesh; one entry may be -1 and takes what is left.
 
+    (1, 1, 1) is one device, however many there are: a small run need not divide over all of them.
+
     Raises:
       ValueError: the shape does not have three entries or does not fit the devices.
     """
@@ -57,6 +59,8 @@ def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices=None) -> Mesh:
     if -1 in shape:
         rest = int(np.prod([n for n in shape if n != -1]))
         shape[shape.index(-1)] = len(devices) // rest
+    if shape == [1, 1, 1] and jax.process_count() == 1:
+        devices = devices[:1]
     if np.prod(shape) != len(devices):
         raise ValueError(f"mesh: {tuple(shape)} does not cover {len(devices)} devices")
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -223,6 +223,7 @@ def test_mesh_of_the_devices_here():
         mesh = make_mesh(shape)
         assert mesh.axis_names == AXES and mesh.size == count
         assert set(mesh.axis_types) == {AxisType.Auto}
+    assert make_mesh((1, 1, 1)).devices.item() == jax.devices()[0]
     mesh = make_mesh()
     assert batch_sharding(mesh).spec == P(("data", "fsdp"))
     whole = jax.device_put(np.ones((4, 2)), replicated(mesh))
