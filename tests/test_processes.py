@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from specjax import processes
+from specjax.training.preemption import STATUS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "training" / "one_of_two.py"
@@ -33,10 +34,10 @@ def environment(devices: int) -> dict:
     return os.environ | cache | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": paths}
 
 
-def together(folder, count=2, mesh="2,1,1", devices=1, die_at=None, seconds=240):
+def together(folder, count=2, mesh="2,1,1", devices=1, die_at=(), seconds=240):
     """Starts the processes of one run; (exit status, what it printed) of each."""
     folder.mkdir(exist_ok=True)
-    port, extra = free_port(), [] if die_at is None else [str(die_at)]
+    port, extra = free_port(), list(map(str, die_at))
     started = [
         subprocess.Popen(
             [sys.executable, WORKER, folder, str(i), str(count), str(port), mesh, *extra],
@@ -62,7 +63,7 @@ def test_two_processes_one_of_them_killed(tmp_path):
     for status, out in together(whole):
         assert status == 0, out
     # Process 1 is killed before the fourth step; the other ends too, with an error, in time.
-    (alive, out), (killed, _) = together(cut, die_at=3)
+    (alive, out), (killed, _) = together(cut, die_at=[3])
     assert killed == -9 and alive != 0, out
     assert sorted(p.name for p in (cut / "checkpoints" / "fasteagle").iterdir()) == ["2"]
     elsewhere = tmp_path / "elsewhere"
@@ -85,6 +86,14 @@ def test_two_processes_one_of_them_killed(tmp_path):
         assert status == 0 and "resuming at step 2 of 6" in out, out
         for name, weight in weights(whole).items():
             np.testing.assert_allclose(weights(other)[name], weight, atol=2e-4, err_msg=name)
+
+
+@pytest.mark.slow
+def test_sigterm_to_one_process_stops_and_saves_all(tmp_path):
+    ends = together(tmp_path, die_at=[3, "SIGTERM"])
+    assert [status for status, _ in ends] == [STATUS, STATUS], ends
+    (saved,) = (tmp_path / "checkpoints" / "fasteagle").iterdir()
+    assert 3 < int(saved.name) < 60
 
 
 @pytest.mark.slow

@@ -27,8 +27,8 @@ def noticing():
     """Yields due(step): whether to save and stop after that step, the same answer everywhere.
 
     Outside of it SIGTERM leaves at once, which loses nothing: stages other than training keep what
-    they have on disk as they go. With several processes jax's own preemption service listens, and
-    all stop after the same step.
+    they have on disk as they go. With several processes jax's own preemption service listens all
+    the time, and all stop after the same step: the next one of training, if there is any.
     """
     if jax.process_count() > 1:
         yield multihost_utils.reached_preemption_sync_point

@@ -1,14 +1,15 @@
 """What test_processes.py runs: trains a toy drafter as one process of a run of COUNT.
 
-python one_of_two.py FOLDER INDEX COUNT PORT MESH [DIE_AT]
+python one_of_two.py FOLDER INDEX COUNT PORT MESH [DIE_AT [SIGNAL]]
 
-Process 1 kills itself ahead of step DIE_AT.
+Process 1 sends itself SIGNAL (SIGKILL) ahead of step DIE_AT.
 """
 
 import os
 import pathlib
 import signal
 import sys
+import time
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ from specjax.training.drafter import TauProbe, train_drafter
 from specjax.training.metrics import MetricsLog
 
 
-def main(folder, index, count, port, mesh, die_at="-1"):
+def main(folder, index, count, port, mesh, die_at="-1", name="SIGKILL"):
     folder = pathlib.Path(folder)
     if int(count) > 1:
         processes.join(f"localhost:{port}", int(count), int(index), timeout=60)
@@ -34,6 +35,8 @@ def main(folder, index, count, port, mesh, die_at="-1"):
 
     cfg = common.base("test", "").train
     cfg.steps, cfg.batch_size, cfg.checkpoint_every, cfg.log_every, cfg.tau_every = 6, 4, 2, 1, 6
+    if name == "SIGTERM":  # is looked for once a second, so there have to be steps for it to end
+        cfg.steps = cfg.checkpoint_every = cfg.tau_every = 60
     cfg.optimizer = common.optimizer(learning_rate=1e-2, warmup_steps=1)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 64, (10, 16)).astype(np.int32)
@@ -44,7 +47,9 @@ def main(folder, index, count, port, mesh, die_at="-1"):
 
     def batch(step, drafter):
         if step == int(die_at) and jax.process_index() == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), getattr(signal, name))
+        if name == "SIGTERM":
+            time.sleep(0.2)
         return stream.batch(step, drafter)
 
     with processes.only_writer(folder):
