@@ -16,6 +16,7 @@ def optimizer(learning_rate: float = 5e-5, warmup_steps: int = 100) -> ConfigDic
     cfg.final_lr_ratio = 0.05
     cfg.b1 = 0.9
     cfg.b2 = 0.95
+    cfg.eps = 1e-8  # AdamW's
     cfg.weight_decay = 0.0
     cfg.clip_norm = 0.5
     return cfg

@@ -49,6 +49,7 @@ def training_config(name: str) -> ConfigDict:
     cfg.steps, cfg.batch_size = 3, 8
     cfg.optimizer = common.optimizer(learning_rate=1e-2, warmup_steps=1)
     cfg.optimizer.name = name
+    cfg.optimizer.eps = 1e-4  # the update is then as smooth as the gradient: see test_training
     return cfg
 
 
@@ -91,6 +92,12 @@ def test_logits(shape, scan):
     ids=str,
 )
 def test_training(name, fields, optimizer, shape):
+    """Losses and weights are those of one device.
+
+    Adam divides by the gradient's own size: where that is next to nothing, the last bit of a sum,
+    which depends on the order of its terms, decides the step. An epsilon above that noise leaves
+    the comparison to what a mesh can get wrong, and the bound can be tight.
+    """
     one = sharding.make_mesh((1, 1, 1), devices=jax.devices()[:1])
     mesh = sharding.make_mesh(shape)
     losses, params = trained(whole(), one, name, optimizer, **fields)
@@ -99,7 +106,7 @@ def test_training(name, fields, optimizer, shape):
         found, weights = trained(spread(shape), mesh, name, optimizer, rules, **fields)
         np.testing.assert_allclose(found, losses, rtol=2e-5)
         for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(params), strict=True):
-            np.testing.assert_allclose(a, b, atol=2e-4)
+            np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)], ids=str)

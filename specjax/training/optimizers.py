@@ -62,7 +62,8 @@ def make_optimizer(cfg, steps: int, deepkd: DeepKD | None = None) -> optax.Gradi
 
     Args:
       cfg: name ("adamw" or "muon"), learning_rate, warmup_steps, final_lr_ratio, b1, b2,
-        weight_decay, clip_norm; Muon reads muon_learning_rate for the layers' kernels.
+        eps (AdamW's), weight_decay, clip_norm; Muon reads muon_learning_rate for the layers'
+        kernels.
       steps: length of the schedule.
       deepkd: if given, gradients come in its three streams, and the optimiser's own momentum gives
         way to one for each stream (AdamW: one first moment each and a shared second one).
@@ -73,12 +74,12 @@ def make_optimizer(cfg, steps: int, deepkd: DeepKD | None = None) -> optax.Gradi
     rate = schedule(cfg, steps)
     if cfg.name == "adamw" and deepkd:
         core = optax.chain(
-            scale_by_deepkd_adam(b1=cfg.b1, b2=cfg.b2, deltas=deepkd.deltas),
+            scale_by_deepkd_adam(b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, deltas=deepkd.deltas),
             optax.add_decayed_weights(cfg.weight_decay),
             optax.scale_by_learning_rate(rate),
         )
     elif cfg.name == "adamw":
-        core = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay)
+        core = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
     elif cfg.name == "muon":
         ratio = cfg.muon_learning_rate / cfg.learning_rate
         core = muon(
