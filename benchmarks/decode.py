@@ -29,8 +29,9 @@ from benchmarks.work import Work, draft_pass, target_pass, weight_bytes
 from specjax import decoding
 from specjax.console import make_console, print_rows
 from specjax.drafters import Drafter, Vanilla
-from specjax.generation import init_drafter, request_keys
+from specjax.generation import request_keys
 from specjax.models.target import Target
+from specjax.trained import init_drafter
 from specjax.trees import Topology, chain
 from specjax.verification import get_rule
 

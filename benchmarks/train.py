@@ -34,9 +34,10 @@ from experiments.compare import train_config
 from specjax import sharding
 from specjax.console import make_console, print_rows
 from specjax.data.rows import Rows
-from specjax.generation import TrainedDrafter, init_drafter
+from specjax.drafters.base import join_buffers
 from specjax.models.target import Target
 from specjax.models.transformer import text_features
+from specjax.trained import TrainedDrafter, init_drafter
 from specjax.training.drafter import compiled_step, needs_reference, place_rows, set_up
 from specjax.training.metrics import MetricsLog
 from specjax.training.model_flops import products_of, step_products
@@ -123,8 +124,7 @@ def training_calls(target: Target, drafter: TrainedDrafter, cfg: ConfigDict, bat
         return text_features(target_params, target.config, definition.taps, tokens)
 
     def teach(params, taps):
-        given = params | ({"buffers": buffers} if buffers else {})
-        return definition.teach(given, target.params, taps, tokens)
+        return definition.teach(join_buffers(params, buffers), target.params, taps, tokens)
 
     def teach_back(params, taps, cotangents):
         states, back = jax.vjp(lambda p: teach(p, taps), params)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 
 from specjax.drafters import Drafter, Eagle3, FastEagle, Vanilla
+from specjax.drafters.base import split_buffers
 from specjax.models.config import ModelConfig
 from specjax.models.transformer import head_VxD
 
@@ -56,8 +57,7 @@ def draft_pass(drafter: Drafter, params, target, context: int) -> Work:
     head = drafter.head(params, target.params)
     itemsize, extended = target.params["embed"].dtype.itemsize, drafter.depth + 1
     if isinstance(drafter, FastEagle):
-        used = {k: v for k, v in params.items() if k != "buffers"}
-        used = used | {"layers": params["layers"][: drafter.depth]}
+        used = split_buffers(params)[0] | {"layers": params["layers"][: drafter.depth]}
         cache = attention(drafter.block, drafter.depth, extended, context, itemsize)
         return matrices(used, extended) + matrices(head, drafter.depth) + cache
     if isinstance(drafter, Eagle3):

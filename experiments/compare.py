@@ -37,9 +37,9 @@ from specjax.evaluation.results import result_row, write_results
 from specjax.evaluation.run_folder import write_samples
 from specjax.evaluation.spec_bench import answers_name, write_answers
 from specjax.evaluation.tables import print_table
-from specjax.generation import init_drafter
 from specjax.models.target import Target, load_target
 from specjax.processes import is_first
+from specjax.trained import init_drafter
 from specjax.training.acceptance import fit_acceptance, wants_acceptance_head
 from specjax.training.drafter import TauProbe, TrainingCost, train_drafter
 from specjax.training.metrics import MetricsLog

@@ -7,8 +7,9 @@ out = specjax.generate(target, ["def main():"], drafter)
 
 from specjax import verification
 from specjax.drafters import drafter_names
-from specjax.generation import generate, init_drafter, load_drafter
+from specjax.generation import generate
 from specjax.models.target import Target, load_target
+from specjax.trained import init_drafter, load_drafter
 
 __all__ = [
     "Target",

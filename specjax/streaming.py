@@ -19,7 +19,6 @@ import jax.numpy as jnp
 
 from specjax import decoding
 from specjax.generation import (
-    TrainedDrafter,
     bucket,
     cache_slots,
     encode_prompts,
@@ -31,6 +30,7 @@ from specjax.generation import (
 )
 from specjax.models.target import Target
 from specjax.sampling import GREEDY, Sampling
+from specjax.trained import TrainedDrafter
 from specjax.verification import Rule
 
 Piece = tuple[str, int]

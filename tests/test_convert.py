@@ -12,8 +12,8 @@ from toys import toy_target
 import specjax
 from specjax.data.tokenizer import save_tokenizer, train_bpe
 from specjax.drafters import Eagle3
-from specjax.generation import TrainedDrafter
 from specjax.models.hf import save_target
+from specjax.trained import TrainedDrafter
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from configs import common
 from specjax.distillation.deepkd import DeepKD
 from specjax.drafters import DRAFTERS
+from specjax.drafters.base import split_buffers
 from specjax.models.config import ModelConfig
 from specjax.models.transformer import init_params, stack_layers
 from specjax.sharding import (
@@ -26,7 +27,6 @@ from specjax.sharding import (
     spec_of,
     specs,
 )
-from specjax.training.drafter import split_buffers
 from specjax.training.optimizers import make_optimizer
 from specjax.training.state import create
 

@@ -56,6 +56,16 @@ class Scored:
     taps_BxTxM: jax.Array | None
 
 
+def split_buffers(params) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(trainable parameters, constants such as a draft vocabulary's ids) of a drafter."""
+    return {k: v for k, v in params.items() if k != "buffers"}, params.get("buffers", {})
+
+
+def join_buffers(params, buffers) -> dict[str, Any]:
+    """The parameters of a drafter, given its trainable ones and its constants, if any."""
+    return params | ({"buffers": buffers} if buffers else {})
+
+
 @dataclasses.dataclass(frozen=True)
 class Drafter:
     """Base class; `target` is the geometry that the drafter was made for."""

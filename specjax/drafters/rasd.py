@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from specjax.drafters import retrieval
-from specjax.drafters.base import Committed, Drafter, Vanilla
+from specjax.drafters.base import Committed, Drafter, Vanilla, join_buffers, split_buffers
 from specjax.drafters.fusion import fuse, trie
 
 
@@ -234,10 +234,9 @@ class Rasd(Drafter):
 
 def _with_corpus(params, index):
     """The parameters with this corpus in place of any other; None = none."""
-    buffers = {k: v for k, v in params.get("buffers", {}).items() if k != "corpus"}
-    buffers |= {} if index is None else {"corpus": index}
-    params = {k: v for k, v in params.items() if k != "buffers"}
-    return params | ({"buffers": buffers} if buffers else {})
+    params, buffers = split_buffers(params)
+    buffers = {k: v for k, v in buffers.items() if k != "corpus"}
+    return join_buffers(params, buffers | ({} if index is None else {"corpus": index}))
 
 
 def fused(drafter, documents: Sequence[Sequence[int]] | None = None, **settings):

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.evaluation.pictures import TreeView, token_label
-from specjax.generation import TrainedDrafter, pad_to_bucket
+from specjax.generation import pad_to_bucket
 from specjax.models.target import Target
 from specjax.models.transformer import logits_of, precision_of, text_features
+from specjax.trained import TrainedDrafter
 from specjax.trees import DraftTree
 
 

@@ -13,10 +13,11 @@ from specjax.data.templates import encode_chat, encode_prompt, turn_messages
 from specjax.evaluation.lossless import distribution_verdict, identical_verdict, lossy_verdict
 from specjax.evaluation.records import MethodRun, TurnRecord
 from specjax.evaluation.timing import RoundTimes, count_flops, time_round
-from specjax.generation import TrainedDrafter, bucket, cache_slots, collect, make_engine, start
+from specjax.generation import bucket, cache_slots, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.profiling import traced
 from specjax.sampling import Sampling
+from specjax.trained import TrainedDrafter
 from specjax.training.drafter import TrainingCost
 from specjax.training.progress import progress
 

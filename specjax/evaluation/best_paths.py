@@ -17,10 +17,10 @@ import numpy as np
 
 from specjax.distillation.losses import label_mask
 from specjax.drafters.learned import LearnedDrafter
-from specjax.generation import TrainedDrafter
 from specjax.models import transformer
 from specjax.models.target import Target
 from specjax.sharding import fetch
+from specjax.trained import TrainedDrafter
 
 FAR = 1 << 20  # rank of a token that the draft vocabulary lacks
 

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from specjax import processes
 from specjax.evaluation.timing import time_in_turns
-from specjax.generation import TrainedDrafter, make_engine
+from specjax.generation import make_engine
 from specjax.models.target import Target
+from specjax.trained import TrainedDrafter
 from specjax.training.drafter import TauProbe
 from specjax.training.progress import progress
 

@@ -19,10 +19,11 @@ from specjax.evaluation.lossless import (
     tested_answers,
 )
 from specjax.evaluation.output_tests import OutputTest
-from specjax.generation import TrainedDrafter, generate, make_engine
+from specjax.generation import generate, make_engine
 from specjax.models import transformer
 from specjax.models.target import Target
 from specjax.sampling import Sampling
+from specjax.trained import TrainedDrafter
 from specjax.training.progress import progress
 from specjax.verification import Rule
 

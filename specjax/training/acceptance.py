@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from specjax.drafters.base import split_buffers
 from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.stopping import acceptance_logit
-from specjax.generation import TrainedDrafter
 from specjax.models import transformer
 from specjax.models.target import Target
+from specjax.trained import TrainedDrafter
 from specjax.training.progress import say
 
 TARGET_SHARE = 0.15  # of the tokens read that are the target's
@@ -67,8 +68,7 @@ def fit_acceptance(
     target: Target, drafter: TrainedDrafter, batch_fn, steps: int, learning_rate=1e-3, seed: int = 0
 ) -> tuple[TrainedDrafter, float]:
     """(the drafter with its head fitted, the last loss); `batch_fn(step)` gives rows of text."""
-    definition, buffers = drafter.definition, drafter.params["buffers"]
-    params = {k: v for k, v in drafter.params.items() if k != "buffers"}
+    definition, (params, buffers) = drafter.definition, split_buffers(drafter.params)
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     @jax.jit

@@ -13,9 +13,11 @@ from ml_collections import ConfigDict
 from specjax import decoding, sharding
 from specjax.distillation.deepkd import stream_gradients
 from specjax.distillation.gsnr import probed_gsnr
-from specjax.generation import TrainedDrafter, collect, make_engine, start
+from specjax.drafters.base import join_buffers, split_buffers
+from specjax.generation import collect, make_engine, start
 from specjax.models.target import Target
 from specjax.planning.accelerators import peak_of
+from specjax.trained import TrainedDrafter
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.loop import fit
 from specjax.training.metrics import MetricsLog
@@ -104,8 +106,7 @@ def train_drafter(
     step, state, frozen = set_up(target, drafter, cfg, mesh, seed, reference, rules)
 
     def with_params(params):
-        params = params | ({"buffers": buffers} if buffers else {})
-        return dataclasses.replace(drafter, params=params)
+        return dataclasses.replace(drafter, params=join_buffers(params, buffers))
 
     def place(step, state):
         rows = batch_fn(step, state and with_params(state.params))
@@ -206,11 +207,6 @@ def compiled_step(definition, objective: Objective, optimizer_json: str, steps: 
 
     differentiate = stream_gradients if objective.deepkd else one_gradient
     return make_step(loss_fn, optimizer, differentiate), optimizer
-
-
-def split_buffers(params) -> tuple[dict, dict]:
-    """(what is trained, constants) of a drafter's parameters."""
-    return {k: v for k, v in params.items() if k != "buffers"}, params.get("buffers", {})
 
 
 def needs_reference(cfg: ConfigDict) -> bool:

@@ -18,6 +18,7 @@ from specjax.distillation import losses
 from specjax.distillation.deepkd import STREAMS, DeepKD, stream_losses
 from specjax.distillation.divergences import get_divergence
 from specjax.distillation.gates import Gate, get_gate
+from specjax.drafters.base import join_buffers
 from specjax.drafters.learned import LearnedDrafter
 from specjax.models import transformer
 from specjax.models.layers import recomputed_layers
@@ -112,8 +113,7 @@ def drafter_loss(
     )
     features = jax.lax.stop_gradient(features)
     teacher_BxTxD, taps = features["hidden"], features.get("taps")
-    buffers = {"buffers": frozen["buffers"]} if frozen["buffers"] else {}
-    params = params | buffers
+    params = join_buffers(params, frozen["buffers"])
     with recomputed_layers() if objective.remat else nullcontext():
         hidden, aligned = definition.teach(params, target, taps, tokens_BxT, segments_BxT)
     N, T = len(hidden), tokens_BxT.shape[1]
@@ -124,7 +124,7 @@ def drafter_loss(
     aligned = [definition.normed(params, f) for f in aligned] if objective.feature else read
     reference = None
     if "reference" in frozen:
-        other = jax.lax.stop_gradient(frozen["reference"]) | buffers
+        other = join_buffers(jax.lax.stop_gradient(frozen["reference"]), frozen["buffers"])
         states, _ = definition.teach(other, target, taps, tokens_BxT, segments_BxT)
         reference = [definition.normed(other, h) for h in states]
         reference_head_WxD = definition.head(other, target)

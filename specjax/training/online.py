@@ -17,9 +17,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from specjax.generation import Generation, TrainedDrafter, encode_prompts, generate
+from specjax.drafters.base import join_buffers, split_buffers
+from specjax.generation import Generation, encode_prompts, generate
 from specjax.models.target import Target
-from specjax.training.drafter import compiled_step, split_buffers
+from specjax.trained import TrainedDrafter
+from specjax.training.drafter import compiled_step
 from specjax.training.objective import make_objective
 from specjax.training.state import create
 
@@ -120,6 +122,5 @@ class OnlineTrainer:
         self.updates += 1
         # The state is donated to the next step: decode with a copy.
         params = jax.tree.map(lambda w: w.copy(), self._state.params)
-        buffers = self._frozen["buffers"]
-        params |= {"buffers": buffers} if buffers else {}
+        params = join_buffers(params, self._frozen["buffers"])
         self.drafter = dataclasses.replace(self.drafter, params=params)

@@ -18,9 +18,10 @@ from specjax import processes
 from specjax.data.regenerate import by_length, continued
 from specjax.data.rows import Rows, pad_rows
 from specjax.files import replacing
-from specjax.generation import TrainedDrafter, make_engine
+from specjax.generation import make_engine
 from specjax.models.target import Target
 from specjax.sampling import Sampling
+from specjax.trained import TrainedDrafter
 from specjax.training.progress import say
 from specjax.verification import get_rule
 

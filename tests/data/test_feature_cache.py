@@ -14,8 +14,8 @@ from configs.common import loss as plain_loss
 from specjax.data import feature_cache
 from specjax.data.feature_cache import FeatureCache, cache_bytes, with_features
 from specjax.data.rows import Rows, pack_rows, pad_marked
-from specjax.generation import init_drafter
 from specjax.models.transformer import text_features
+from specjax.trained import init_drafter
 from specjax.training.objective import drafter_loss, make_objective
 
 TAPS = (0, 1, 2)  # the last one is the LM head's input

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.drafters.base import Drafter
-from specjax.generation import TrainedDrafter
+from specjax.trained import TrainedDrafter
 from specjax.trees import DraftTree, Topology, children_from_parents, visible_from_parents
 
 

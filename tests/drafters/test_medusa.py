@@ -28,7 +28,7 @@ def perturbed(drafter, scale=0.5):
     rng = np.random.default_rng(5)
     shake = lambda w: jnp.asarray(scale * rng.normal(size=w.shape), jnp.float32)  # noqa: E731
     heads = jax.tree.map(shake, drafter.params["heads"])
-    return specjax.generation.TrainedDrafter(
+    return specjax.trained.TrainedDrafter(
         drafter.definition, drafter.params | {"heads": heads}, drafter.fingerprint
     )
 

@@ -7,8 +7,9 @@ from toys import toy_target
 
 from specjax import decoding
 from specjax.evaluation.anatomy import node_probabilities, paths_to, tree_view
-from specjax.generation import init_drafter, make_engine, start
+from specjax.generation import make_engine, start
 from specjax.sampling import Sampling
+from specjax.trained import init_drafter
 from specjax.trees import chain
 
 IDS = [3, 5, 1, 8, 2]

@@ -13,10 +13,10 @@ from toys import toy_target
 
 import specjax
 from specjax.drafters import FastEagle
-from specjax.generation import TrainedDrafter
 from specjax.interchange import export_drafter
 from specjax.models.hf import save_target
 from specjax.models.transformer import forward
+from specjax.trained import TrainedDrafter
 
 V = 40
 TOKENS = np.random.default_rng(3).integers(0, V, 10)

@@ -17,10 +17,10 @@ from toys import toy_target, whole_prompt
 import specjax
 from specjax.drafters import Eagle3
 from specjax.drafters.base import Committed, Context
-from specjax.generation import TrainedDrafter
 from specjax.interchange import export_drafter
 from specjax.models.hf import save_target
 from specjax.models.transformer import forward, stack_layers
+from specjax.trained import TrainedDrafter
 
 V, D, F, L, STEPS = 40, 16, 24, 7, 3
 TOKENS = np.random.default_rng(3).integers(0, V, 13)  # x_0 .. x_12

@@ -9,9 +9,9 @@ import pytest
 from toys import random_target
 
 from configs import common
-from specjax.generation import init_drafter
+from specjax.drafters.base import split_buffers
 from specjax.models.transformer import stack_layers
-from specjax.training.drafter import split_buffers
+from specjax.trained import init_drafter
 from specjax.training.model_flops import model_flops, products_of
 from specjax.training.objective import make_objective
 

@@ -10,8 +10,8 @@ import pytest
 from toys import random_target
 
 from configs.common import loss as plain_loss
-from specjax.generation import init_drafter
 from specjax.models import transformer
+from specjax.trained import init_drafter
 from specjax.training.objective import drafter_loss, make_objective
 
 DRAFTERS = {

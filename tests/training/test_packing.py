@@ -11,8 +11,8 @@ from toys import random_target
 from configs.common import loss as plain_loss
 from specjax.data.rows import pack_rows, pad_marked
 from specjax.drafters import DRAFTERS
-from specjax.generation import init_drafter
 from specjax.models.transformer import text_layout
+from specjax.trained import init_drafter
 from specjax.training.acceptance import _states_and_labels
 from specjax.training.objective import drafter_loss, make_objective
 
