@@ -84,7 +84,7 @@ class Drafter:
     @property
     def nodes(self) -> int:
         """T: rows the target verifies each round, root included."""
-        raise NotImplementedError
+        return self.topology.nodes
 
     @property
     def depth(self) -> int:
@@ -203,10 +203,6 @@ class Vanilla(Drafter):
 
     name: ClassVar[str] = "vanilla"
     proposals: ClassVar[tuple[str, ...]] = KINDS  # it draws nothing
-
-    @property
-    def nodes(self) -> int:
-        return 1
 
     @property
     def depth(self) -> int:
