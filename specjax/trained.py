@@ -15,8 +15,8 @@ from specjax.drafters import DRAFTERS, Drafter
 from specjax.drafters.base import join_buffers, split_buffers
 from specjax.files import write_safetensors, write_text
 from specjax.interchange import import_drafter, is_foreign
+from specjax.models.checkpoint import WEIGHT_DTYPES, Checkpoint
 from specjax.models.config import ModelConfig, read_json
-from specjax.models.hf import WEIGHT_DTYPES, Checkpoint
 from specjax.models.target import Target
 from specjax.sharding import MODEL_RULES, Rules, fetch, path_of, place, shardings
 

@@ -192,7 +192,6 @@ def benchmark(
                                 p.question_id,
                                 p.category,
                                 turn,
-                                len(row),
                                 tuple(new),
                                 text,
                                 tuple(lengths),
