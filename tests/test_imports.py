@@ -17,7 +17,7 @@ RULES = {  # modules below a path of specjax -> what none of them may import
     "sampling.py": ("specjax.drafters",),
     "drafters/": ("specjax.verification", "specjax.training", "specjax.evaluation"),
     "data/": ("specjax.training", "specjax.planning", "specjax.evaluation"),
-    "training/": ("specjax.evaluation", "specjax.planning.estimate"),
+    "training/": ("specjax.evaluation", "specjax.planning.programs", "specjax.planning.estimate"),
     "planning/": ("specjax.evaluation",),
     "planning/program.py": ("specjax.training",),  # training counts with these two
     "planning/accelerators.py": ("specjax.training",),
