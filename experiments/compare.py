@@ -109,16 +109,10 @@ def probe_of(bench: Bench, prompts: list[list[int]], max_new_tokens: int) -> Tau
 
 
 def drafter_rules(config, definition) -> sharding.Rules:
-    """How a drafter's parameters and their optimiser state lie on the mesh."""
-    kinds = {
-        "rules": (*config.sharding_rules, *definition.partition, *sharding.MODEL_RULES),
-        "replicated": sharding.REPLICATED,
-    }
-    if config.drafter_sharding not in kinds:
-        raise ValueError(
-            f"drafter_sharding: {config.drafter_sharding!r} is unknown; one of {tuple(kinds)}"
-        )
-    return kinds[config.drafter_sharding]
+    """How a drafter's parameters and their optimiser state lie on the mesh, by the config."""
+    return sharding.drafter_rules(
+        definition.partition, config.sharding_rules, config.drafter_sharding
+    )
 
 
 def init_all(config, target, rows, seed: int) -> dict:

@@ -43,7 +43,7 @@ def geometry(name: str):
 
 def contenders(config, target):
     """The drafters of a config."""
-    from experiments.compare import any_paths, budgets_of, train_config
+    from experiments.compare import any_paths, budgets_of, drafter_rules, train_config
     from specjax.drafters import DRAFTERS
     from specjax.planning.estimate import Contender
 
@@ -56,7 +56,8 @@ def contenders(config, target):
             init["own_model"] = geometry(init.pop("folder"))
         definition = DRAFTERS[cfg.drafter].of(target, init)
         trees = tuple(definition.with_budget(**any_paths(b)) for b in budgets_of(cfg))
-        found.append(Contender(name, definition, trees, train_config(config, name)))
+        rules = drafter_rules(config, definition)
+        found.append(Contender(name, definition, trees, train_config(config, name), rules))
     return found
 
 

@@ -40,6 +40,23 @@ REPLICATED: Rules = ((".*", ()),)
 LEADING = 2  # most dimensions before those that a rule names
 
 
+def drafter_rules(partition: Rules, own: Rules = (), kind: str = "rules") -> Rules:
+    """How a drafter's parameters and their optimiser state lie on a mesh.
+
+    Args:
+      partition: its class's rules for parameters of its own.
+      own: a user's, before all others.
+      kind: "rules", or "replicated": whole on every device, beside a target that may be split.
+
+    Raises:
+      ValueError: an unknown kind.
+    """
+    kinds = {"rules": (*own, *partition, *MODEL_RULES), "replicated": REPLICATED}
+    if kind not in kinds:
+        raise ValueError(f"drafter_sharding: {kind!r} is unknown; one of {tuple(kinds)}")
+    return kinds[kind]
+
+
 def make_mesh(shape: Sequence[int] = (-1, 1, 1), devices=None) -> Mesh:
     """A ("data", "fsdp", "tensor") mesh; one entry may be -1 and takes what is left.
 
@@ -240,18 +257,21 @@ class DecodeLayout:
     mesh: Mesh
     drafter_sharded: bool = True
 
-    def constrain(self, state):
-        """The same decoding state under jit, with its layout stated."""
+    def shardings(self, state):
+        """The tree of shardings of a decoding state, arrays or shapes."""
         rows = batch_sharding(self.mesh, state.lengths_B.shape[0]).spec
         batch = rows[0] if rows else None
 
-        def pin(keys, leaf):
+        def lay(keys, leaf):
             path = path_of(keys)
             heads = _matches("k|v", re.sub(r"/\d+$", "", path))
             split = "tensor" if self.drafter_sharded or not path.startswith("drafter") else None
             axes = (batch, split, None, None) if heads else (batch,)
             leading = leaf.ndim - 4 if heads else 0
-            spec = PartitionSpec(*(None,) * leading, *axes)
-            return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+            return NamedSharding(self.mesh, PartitionSpec(*(None,) * leading, *axes))
 
-        return jax.tree_util.tree_map_with_path(pin, state)
+        return jax.tree_util.tree_map_with_path(lay, state)
+
+    def constrain(self, state):
+        """The same decoding state under jit, with its layout stated."""
+        return jax.lax.with_sharding_constraint(state, self.shardings(state))

@@ -25,6 +25,8 @@ def candidates(config, found: Estimate) -> Iterator[dict]:
         if config[part][name] > 1:
             yield {field: config[part][name] // 2}
     if found.worst == "train":
+        if not config.train.remat:
+            yield {"train.remat": True}
         length, chunk = config.data.length, config.train.loss.chunk
         smaller = [s for s in (256, 128, 64) if length % s == 0 and (not chunk or s < chunk)]
         for value in smaller[:1]:

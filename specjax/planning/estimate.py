@@ -6,7 +6,9 @@ import functools
 import jax
 from ml_collections import ConfigDict
 
+from specjax import sharding
 from specjax.drafters import Drafter
+from specjax.generation import bucket
 from specjax.planning import shards
 from specjax.planning.accelerators import Accelerator
 from specjax.planning.programs import (
@@ -36,6 +38,7 @@ class Contender:
     definition: Drafter
     trees: tuple[Drafter, ...]
     train: ConfigDict
+    rules: sharding.Rules  # of its parameters and their optimiser's state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Method:
 
     name: str
     parameters: int
-    initial: int  # bytes of its untrained parameters, whole on every device
+    initial: int  # bytes that a device keeps of its untrained parameters
     weights: int  # bytes that a device keeps of the trained ones
     training: Training | None
     decoding: Decoding
@@ -132,10 +135,14 @@ class Estimate:
         }
 
 
+def model_of(config: ConfigDict, target, mesh) -> Model:
+    """The target of a config, as it lies on a mesh."""
+    rules = (*config.sharding_rules, *sharding.MODEL_RULES)
+    return Model(target, config.target.dtype, config.target.scan_layers, mesh, rules)
+
+
 def bucketed(config: ConfigDict, target) -> int:
     """Padded tokens of an evaluation prompt."""
-    from specjax.generation import bucket
-
     limit = target.max_position_embeddings - config.eval.max_new_tokens
     return bucket(min(config.eval.max_prompt_tokens or UNKNOWN_PROMPT, limit))
 
@@ -153,11 +160,11 @@ def estimate(config: ConfigDict, target, contenders, mesh, chip: Accelerator) ->
     Raises:
       ValueError: a batch that the mesh does not divide, or settings that no program can have.
     """
-    from specjax.generation import bucket
-
-    model = Model(target, config.target.dtype, config.target.scan_layers, mesh)
-    held = shards.device_bytes(mesh, model.params)
-    layers = shards.device_bytes(mesh, {"layers": model.params["layers"]})
+    model = model_of(config, target, mesh)
+    drafters = {c.name: shards.drafter_shapes(c.definition, model.params)[0] for c in contenders}
+    sharding.check_rules([model.params, drafters], config.sharding_rules)
+    held = shards.device_bytes(mesh, model.params, model.rules)
+    layers = shards.device_bytes(mesh, {"layers": model.params["layers"]}, model.rules)
     temperature = max(config.eval.temperatures)
     sampling = Sampling(temperature, config.eval.top_k, config.eval.top_p)
     sampling = sampling if temperature else GREEDY
@@ -166,7 +173,7 @@ def estimate(config: ConfigDict, target, contenders, mesh, chip: Accelerator) ->
     trees = [t for c in contenders for t in c.trees]
     engines = [engine_of(target, None, GREEDY), *(engine_of(target, t, GREEDY) for t in trees)]
     slots = request.slots(engines)
-    plain = decode(model, None, request, slots, sampling, "")
+    plain = decode(model, None, request, slots, sampling)
     sends = functools.partial(_forward_sends, model)
     vanilla = Method(
         "vanilla", 0, 0, 0, None, plain,
@@ -178,7 +185,7 @@ def estimate(config: ConfigDict, target, contenders, mesh, chip: Accelerator) ->
     prompts = bucket(config.data.max_prompt_tokens)
     writing = Request(config.data.batch, prompts, config.data.max_new_tokens)
     own = Sampling(config.data.temperature) if config.data.temperature else GREEDY
-    written = decode(model, None, writing, writing.slots(engines[:1]), own, "")
+    written = decode(model, None, writing, writing.slots(engines[:1]), own)
     tokens = config.data.count * config.data.length
     width = (len(target.feature_layers()) + 1) * target.hidden_size
     return Estimate(
@@ -193,33 +200,30 @@ def estimate(config: ConfigDict, target, contenders, mesh, chip: Accelerator) ->
 
 
 def _forward_sends(model: Model, rows: int) -> float:
-    """Bytes a device sends in one forward of the target over `rows` rows.
+    """Bytes a device sends in one forward of the target over its `rows` rows.
 
-    Over "tensor" two sums a layer, over "fsdp" the partial products of the two kernels that read
-    the residual stream.
+    Over "tensor" two sums a layer; over "fsdp" its share of every weight to those that gather it.
     """
     shape, here, width = model.mesh.shape, model.here, shards.itemsize(model.dtype)
-    stream = rows * here.hidden_size * width
-    heads = here.num_heads + 2 * here.num_kv_heads
-    inner = rows * (heads * here.head_dim + 2 * here.intermediate_size) * width
-    sums = 2 * all_reduce(stream, shape["tensor"]) + all_reduce(inner, shape["fsdp"])
-    return here.num_layers * sums
+    sums = 2 * all_reduce(rows * here.hidden_size * width, shape["tensor"])
+    held = shards.device_bytes(model.mesh, model.params, model.rules)
+    return here.num_layers * sums + (shape["fsdp"] - 1) * held
 
 
 def _method(config, model: Model, c: Contender, request, slots, sampling, rule, chip) -> Method:
     whole, buffers = shards.drafter_shapes(c.definition, model.params)
-    tree, rules = c.trees[0], shards.rules_of(c.definition)
-    decoding = decode(model, tree, request, slots, sampling, rule)
+    tree = c.trees[0]
+    decoding = decode(model, tree, request, slots, sampling, rule, c.rules)
     training, state_bytes = None, 0
     if c.definition.trained:
         training, state_bytes = _training(config, model, c, whole, chip)
     sends = _forward_sends(model, request.batch * tree.nodes)
     stored = shards.whole_bytes(whole) + shards.whole_bytes(buffers)
-    held = shards.device_bytes(model.mesh, whole, rules)
+    held = shards.device_bytes(model.mesh, whole, c.rules) + shards.whole_bytes(buffers)
     return Method(
         name=c.name, parameters=shards.count(whole),
-        initial=stored if training else 0,
-        weights=held if training else stored,
+        initial=held if training else 0,
+        weights=held,
         training=training, decoding=decoding,
         round=roofline(chip, decoding.round, link_bytes=sends), nodes=tree.nodes,
         stored=stored, checkpoints=CHECKPOINTS * state_bytes,
@@ -229,19 +233,20 @@ def _method(config, model: Model, c: Contender, request, slots, sampling, rule, 
 def _training(config, model: Model, c: Contender, whole, chip) -> tuple[Training, int]:
     """(training, bytes of its state on disk)."""
     cfg, mesh = c.train, model.mesh
-    first, second, gradients = training_step(model, c.definition, cfg, config.data.length)
-    objective = make_objective(cfg.loss, cfg.steps)
+    first, second, gradients = training_step(model, c.definition, cfg, config.data.length, c.rules)
+    objective = make_objective(cfg.loss, cfg.steps, cfg.remat)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, objective.deepkd)
     state = state_shapes(whole, optimizer)
-    rules = shards.rules_of(c.definition)
-    weights = shards.device_bytes(mesh, whole, rules)
+    weights = shards.device_bytes(mesh, whole, c.rules)
     peak = max(first.peak, gradients + second.peak)
     alive = first.alive if first.peak >= gradients + second.peak else second.alive
-    rows = cfg.batch_size // mesh.shape["data"] * config.data.length
+    rows = shards.batch_share(mesh, cfg.batch_size) * config.data.length
     sends = _forward_sends(model, rows) + all_reduce(gradients, mesh.shape["data"])
+    if mesh.shape["fsdp"] > 1:  # its weights are gathered forward, their gradients summed apart
+        sends += 2 * (mesh.shape["fsdp"] - 1) * gradients
     training = Training(
         weights=weights,
-        optimizer=shards.device_bytes(mesh, state, rules) - weights,
+        optimizer=shards.device_bytes(mesh, state, c.rules) - weights,
         gradients=gradients,
         temporaries=max(peak - gradients, 0),
         alive=alive,

@@ -64,6 +64,13 @@ class Needs:
     flops: dict[str, float]  # precision -> operations of matrix products
     traffic: float  # bytes read and written
 
+    def holding(self, what: str, size: int) -> "Needs":
+        """The same with `size` bytes more held all the while."""
+        if not size:
+            return self
+        alive = sorted((*self.alive, (what, size)), key=lambda x: -x[1])
+        return dataclasses.replace(self, peak=self.peak + size, alive=tuple(alive))
+
     def over(self, ways: int) -> "Needs":
         """The same with every matrix product's contraction split among `ways` devices."""
         return dataclasses.replace(self, flops={k: v / ways for k, v in self.flops.items()})

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from specjax import decoding
+from specjax import decoding, sharding
 from specjax.distillation.deepkd import stream_gradients
 from specjax.drafters import Drafter, Vanilla
 from specjax.generation import cache_slots
@@ -22,12 +22,8 @@ from specjax.training.optimizers import make_optimizer
 from specjax.training.state import TrainState, one_gradient
 from specjax.verification import get_rule
 
-STEP_FIELDS = (
-    "steps",
-    "batch_size",
-    "optimizer",
-    "loss",
-)  # of config.train: what a step depends on
+# Of config.train: what a step depends on.
+STEP_FIELDS = ("steps", "batch_size", "optimizer", "loss", "remat")
 
 
 def key_shape():
@@ -60,6 +56,7 @@ class Model:
     dtype: str
     scan_layers: bool
     mesh: object
+    rules: sharding.Rules = sharding.MODEL_RULES
 
     @functools.cached_property
     def params(self):
@@ -69,7 +66,7 @@ class Model:
     @functools.cached_property
     def here(self) -> ModelConfig:
         """The geometry that one device computes with."""
-        return shards.share_of_model(self.mesh, self.config, self.params)
+        return shards.share_of_model(self.mesh, self.config, self.params, self.rules)
 
     @functools.cached_property
     def params_here(self):
@@ -77,23 +74,25 @@ class Model:
         return shards.target_shapes(self.here, self.dtype, self.scan_layers)
 
 
-def training_step(model: Model, definition: Drafter, cfg: ConfigDict, length: int):
+def training_step(
+    model: Model, definition: Drafter, cfg: ConfigDict, length: int, rules: sharding.Rules
+):
     """(needs of the gradient, of the update, bytes of gradients on a device).
 
     Raises:
       ValueError: the mesh does not divide the batch, or the objective cannot be had.
     """
     recipe = {k: v for k, v in cfg.to_dict().items() if k in STEP_FIELDS}
-    return _training_step(model, definition, json.dumps(recipe, sort_keys=True), length)
+    return _training_step(model, definition, json.dumps(recipe, sort_keys=True), length, rules)
 
 
 @functools.lru_cache(maxsize=256)
-def _training_step(model: Model, definition: Drafter, recipe: str, length: int):
+def _training_step(model: Model, definition: Drafter, recipe: str, length: int, rules):
     cfg = ConfigDict(json.loads(recipe))
-    objective = make_objective(cfg.loss, cfg.steps)
+    objective = make_objective(cfg.loss, cfg.steps, cfg.remat)
     optimizer = make_optimizer(cfg.optimizer, cfg.steps, objective.deepkd)
     whole, _ = shards.drafter_shapes(definition, model.params)
-    here = shards.share_of_drafter(model.mesh, definition, whole, model.here)
+    here = shards.share_of_drafter(model.mesh, definition, whole, model.here, rules)
     params, buffers = shards.drafter_shapes(here, model.params_here)
     frozen = {"key": key_shape(), "target": model.params_here, "buffers": buffers}
     if needs_reference(cfg):
@@ -106,10 +105,9 @@ def _training_step(model: Model, definition: Drafter, recipe: str, length: int):
         loss, grads, metrics = differentiate(loss, params)
         return grads, loss, metrics
 
-    shards.batch_share(model.mesh, cfg.batch_size)  # refused here if it does not divide
-    batch = batch_shapes(cfg.batch_size // model.mesh.shape["data"], length)
+    batch = batch_shapes(shards.batch_share(model.mesh, cfg.batch_size), length)
     args = params, frozen, batch, _int32()
-    held = shards.shard_shapes(model.mesh, whole, shards.rules_of(definition))
+    held = shards.shard_shapes(model.mesh, whole, rules)
     streams = objective.streams
     sizes = tuple(streams * shards.nbytes(leaf) for leaf in jax.tree.leaves(held))  # of gradients
     state = state_shapes(held, optimizer)
@@ -127,7 +125,9 @@ def _training_step(model: Model, definition: Drafter, recipe: str, length: int):
             state.step + 1, optax.apply_updates(state.params, updates), opt_state
         ), optax.global_norm(grads)
 
-    first = trace(gradient, *args, out_bytes=sizes).over(model.mesh.shape["fsdp"])
+    first = trace(gradient, *args, out_bytes=sizes).holding(
+        "weights gathered over fsdp", shards.gathered_bytes(model, params, held)
+    )
     second = trace(update, state, grads, donate=(0, 1))
     return first, second, sum(sizes)
 
@@ -148,13 +148,17 @@ class Request:
         return max(self.prompt, *(cache_slots(e, self.prompt, self.new) for e in engines))
 
 
-def engine_of(config: ModelConfig, definition: Drafter | None, sampling, rule: str = ""):
+def engine_of(
+    config: ModelConfig, definition: Drafter | None, sampling, rule: str = "", layout=None
+):
     """The static half of decoding, as `generation.make_engine` settles it."""
     definition = Vanilla(config) if definition is None else definition
     rule = get_rule(rule or definition.default_rule)
     if sampling.greedy and rule.exact:
         rule = get_rule("greedy")
-    return decoding.Engine(config, definition.drawn(rule.draws, sampling), rule, sampling)
+    return decoding.Engine(
+        config, definition.drawn(rule.draws, sampling), rule, sampling, (), layout
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,21 +191,31 @@ def decode_state(engine, params, request: Request, slots: int):
 
 
 @functools.lru_cache(maxsize=256)
-def decode(model: Model, definition: Drafter | None, request: Request, slots: int, sampling, rule):
-    """What decoding a batch takes on one device, the batch whole and the heads its share of them.
+def decode(
+    model: Model,
+    definition: Drafter | None,
+    request: Request,
+    slots: int,
+    sampling,
+    rule: str = "",
+    rules: sharding.Rules = (),
+):
+    """What decoding a batch takes on one device: its share of the rows, where data and fsdp divide
+    the batch, and of the heads.
 
-    Requests are not split over "data": every group of devices decodes the same batch.
+    Args:
+      rules: of the drafter's parameters.
     """
     params = {"target": model.params_here, "drafter": {}}
     here = None
     if definition is not None:
         whole, _ = shards.drafter_shapes(definition, model.params)
-        here = shards.share_of_drafter(model.mesh, definition, whole, model.here)
+        here = shards.share_of_drafter(model.mesh, definition, whole, model.here, rules)
         trained, buffers = shards.drafter_shapes(here, model.params_here)
         params["drafter"] = trained | ({"buffers": buffers} if buffers else {})
     engine = engine_of(model.here, here, sampling, rule)
-    state = decode_state(engine, params, request, slots)
-    B, P = request.batch, request.prompt
+    B, P = shards.rows_here(model.mesh, request.batch), request.prompt
+    state = decode_state(engine, params, dataclasses.replace(request, batch=B), slots)
 
     def fill(target, tokens, lengths):
         return decoding._prefill_target(
@@ -210,5 +224,7 @@ def decode(model: Model, definition: Drafter | None, request: Request, slots: in
 
     first = trace(fill, params["target"], _int32(B, P), _int32(B))
     step = trace(functools.partial(decoding.round, engine), params, state, donate=(1,))
-    caches, ways = shards.whole_bytes((state.cache.k, state.cache.v)), model.mesh.shape["fsdp"]
+    caches = shards.whole_bytes((state.cache.k, state.cache.v))
+    # Devices of one row of the mesh that have the same rows share the sums of their products.
+    ways = model.mesh.shape["fsdp"] if B == request.batch else 1
     return Decoding(first.over(ways), step.over(ways), caches, shards.whole_bytes(state.drafter))

@@ -68,7 +68,7 @@ def show(config, found: Estimate, file=None):
     initial = sum(m.initial for m in found.methods)
     console.print(
         f"\nIn all of them: target {size(found.target)}; in training: all drafters as initialised, "
-        f"whole on every device, {size(initial)}."
+        f"{size(initial)}."
     )
     worst = max((m for m in found.methods if m.training), key=lambda m: m.training.bytes, default=0)
     if worst:

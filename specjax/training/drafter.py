@@ -123,7 +123,7 @@ def train_drafter(
     tokens_per_step = first["tokens"].size
     checkpoints = Checkpoints(folder / "checkpoints" / label.replace("/", "-"))
     traced = (step.lower(state, frozen, first).cost_analysis() or {}).get("flops", 0.0)
-    objective = make_objective(cfg.loss, cfg.steps)
+    objective = make_objective(cfg.loss, cfg.steps, cfg.remat)
     flops = model_flops(drafter.definition, objective, state.params, frozen, first)
     state = fit(
         f"train/{label}", state, frozen, step, place, cfg.steps,
@@ -152,23 +152,33 @@ def place_rows(mesh, count: int, rows):
 
 def set_up(target, drafter, cfg, mesh, seed=0, reference: TrainedDrafter | None = None, rules=None):
     """(compiled step, state before the first one, what it reads besides) on their mesh."""
-    rules = (*drafter.definition.partition, *sharding.MODEL_RULES) if rules is None else rules
+    rules = sharding.drafter_rules(drafter.definition.partition) if rules is None else rules
     trainable, buffers = split_buffers(drafter.params)
-    objective = dataclasses.replace(make_objective(cfg.loss, cfg.steps), remat=cfg.remat)
-    step, optimizer = compiled_step(
-        drafter.definition, objective, cfg.optimizer.to_json(), cfg.steps
-    )
-    if mesh.size > 1:
-        step = OnMesh(step, mesh)
-    frozen = {
-        "key": sharding.place(jax.random.key(seed), sharding.replicated(mesh)),
-        "target": sharding.place(target.params, where_it_is(target, mesh)),
-        "buffers": sharding.place(buffers, sharding.replicated(mesh)),
-    }
+    step, optimizer = step_of(drafter.definition, cfg, mesh)
+    state = create(trainable, optimizer)
+    frozen = {"key": jax.random.key(seed), "target": target.params, "buffers": buffers}
     if reference is not None:
         frozen["reference"] = split_buffers(reference.params)[0]
-    state = create(trainable, optimizer)
-    return step, sharding.place(state, sharding.shardings(mesh, state, rules)), frozen
+    places = layout(mesh, state, frozen, rules)
+    if target.mesh is not None:
+        places[1]["target"] = jax.tree.map(lambda w: w.sharding, target.params)
+    return step, *sharding.place((state, frozen), places)
+
+
+def step_of(definition, cfg, mesh):
+    """(the step of `config.train` as it runs on a mesh, its optimiser)."""
+    objective = make_objective(cfg.loss, cfg.steps, cfg.remat)
+    step, optimizer = compiled_step(definition, objective, cfg.optimizer.to_json(), cfg.steps)
+    return (OnMesh(step, mesh) if mesh.size > 1 else step), optimizer
+
+
+def layout(mesh, state, frozen, rules, target_rules=sharding.MODEL_RULES):
+    """The trees of shardings of what a step carries and reads, arrays or shapes."""
+    kinds = {"target": target_rules, "reference": rules}
+    places = {
+        k: sharding.shardings(mesh, v, kinds.get(k, sharding.REPLICATED)) for k, v in frozen.items()
+    }
+    return sharding.shardings(mesh, state, rules), places
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +196,6 @@ class OnMesh:
         """As that of the jitted step."""
         with jax.set_mesh(self.mesh):
             return self.step.lower(*args)
-
-
-def where_it_is(target: Target, mesh):
-    """Shardings of the target's parameters: its own on a mesh, else by the models' rules."""
-    if target.mesh is None:
-        return sharding.shardings(mesh, target.params)
-    return jax.tree.map(lambda w: w.sharding, target.params)
 
 
 @functools.lru_cache(maxsize=32)

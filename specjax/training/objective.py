@@ -62,7 +62,7 @@ class Objective:
         return len(STREAMS) if self.deepkd else 1
 
 
-def make_objective(cfg: ConfigDict, steps: int) -> Objective:
+def make_objective(cfg: ConfigDict, steps: int, remat: bool = False) -> Objective:
     """Builds what `config.train.loss` describes, for a run of `steps` steps.
 
     Raises:
@@ -78,7 +78,7 @@ def make_objective(cfg: ConfigDict, steps: int) -> Objective:
     gate = get_gate(cfg.gate, **cfg.gate_options.to_dict())
     return Objective(
         name, tuple(sorted(options.items())), gate, deepkd,
-        cfg.ce, cfg.hard, cfg.feature, cfg.decay, cfg.chunk,
+        cfg.ce, cfg.hard, cfg.feature, cfg.decay, cfg.chunk, remat,
     )  # fmt: skip
 
 

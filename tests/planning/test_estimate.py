@@ -110,6 +110,7 @@ from configs import fasteagle
 from specjax.drafters import DRAFTERS
 from specjax.models.config import ModelConfig
 from specjax.planning import shards
+from specjax.sharding import drafter_rules
 from specjax.planning.compiled import lower_step, total
 from specjax.planning.programs import Model, state_shapes, training_step
 from specjax.training.optimizers import make_optimizer
@@ -119,13 +120,14 @@ model = Model(ModelConfig(**{geometry}), "float32", scan, make_mesh(mesh))
 drafter = DRAFTERS["fasteagle"].of(model.config, dict(num_layers=2))
 cfg = config.train
 cfg.optimizer.name, cfg.batch_size, cfg.loss.chunk = "adamw", batch, chunk
-first, second, gradients = training_step(model, drafter, cfg, 128)
+rules = drafter_rules(drafter.partition)
+first, second, gradients = training_step(model, drafter, cfg, 128, rules)
 whole, _ = shards.drafter_shapes(drafter, model.params)
 state = state_shapes(whole, make_optimizer(cfg.optimizer, cfg.steps))
-held = shards.device_bytes(model.mesh, state, shards.rules_of(drafter))
+held = shards.device_bytes(model.mesh, state, rules)
 held += shards.device_bytes(model.mesh, model.params)
 print("RATIO", (held + max(first.peak, gradients + second.peak))
-      / total(lower_step(model, drafter, cfg, 128)))
+      / total(lower_step(model, drafter, cfg, 128, rules)))
 """
 
 

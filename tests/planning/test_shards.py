@@ -8,7 +8,7 @@ from specjax.drafters import DRAFTERS
 from specjax.models.config import ModelConfig
 from specjax.models.known import KNOWN
 from specjax.planning import shards
-from specjax.sharding import AXES, path_of
+from specjax.sharding import AXES, drafter_rules, path_of
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=4, num_heads=8,
@@ -49,9 +49,10 @@ def test_a_drafter_computes_with_what_is_held_of_it(name):
     definition = DRAFTERS[name].of(CONFIG, {"draft_vocab_size": 32 * (name == "eagle3")})
     whole, _ = shards.drafter_shapes(definition, params)
     target = shards.share_of_model(mesh, CONFIG, params)
-    here = shards.share_of_drafter(mesh, definition, whole, target)
+    rules = drafter_rules(definition.partition)
+    here = shards.share_of_drafter(mesh, definition, whole, target, rules)
     own, _ = shards.drafter_shapes(here, shards.target_shapes(target, "float32", False))
-    held = shapes(shards.shard_shapes(mesh, whole, shards.rules_of(definition)))
+    held = shapes(shards.shard_shapes(mesh, whole, rules))
     # Split along the features that go in, which the program of one device keeps whole.
     own = {k: v for k, v in shapes(own).items() if k not in ("fc", "entry")}
     assert own == {k: held[k] for k in own} and held["fc"] == (
@@ -67,7 +68,8 @@ def test_every_drafter_has_a_share(name):
     definition = DRAFTERS[name].of(CONFIG, {})
     whole, _ = shards.drafter_shapes(definition, params)
     target = shards.share_of_model(mesh, CONFIG, params)
-    assert shards.share_of_drafter(mesh, definition, whole, target).nodes == definition.nodes
+    rules = drafter_rules(definition.partition)
+    assert shards.share_of_drafter(mesh, definition, whole, target, rules).nodes == definition.nodes
 
 
 def test_one_device_holds_everything():
