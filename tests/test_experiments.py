@@ -183,6 +183,20 @@ def test_people_s_text_is_the_prompt_and_its_known_answer(writers):
         assert bool(new) == bool(answer)
 
 
+def test_training_prompts_are_cut_by_their_own_field(writers):
+    bench, _ = writers
+    config = bench.config.copy_and_resolve_references()
+    config.eval.max_prompt_tokens = 2  # of evaluation prompts only
+
+    def prompts(most):
+        config.data.max_prompt_tokens = most
+        return training_data.training_prompts(config, bench.target)
+
+    whole, cut = prompts(0), prompts(3)
+    assert min(map(len, whole)) > 3
+    assert cut == [row[:1] + row[-2:] for row in whole]
+
+
 def test_a_source_that_cannot_be_is_refused_by_name(writers):
     bench, _ = writers
     cfg = compare.train_config(bench.config, "fasteagle")
