@@ -26,6 +26,7 @@ from rich.console import Console
 from benchmarks import timing
 from benchmarks.targets import GEOMETRY_HELP, TARGET_HELP, geometry_target, get_target
 from benchmarks.work import Work, draft_pass, target_pass, weight_bytes
+from experiments import commands
 from specjax import decoding
 from specjax.console import make_console, print_rows
 from specjax.drafters import Drafter, Vanilla
@@ -323,15 +324,14 @@ def print_report(report: dict, console: Console) -> None:
         )
 
 
-def main(argv):
-    del argv
-    rows = sorted({int(r) for r in _ROWS.value})
+def main():
+    rows = commands.tried("rows", lambda: sorted({int(r) for r in _ROWS.value}))
     if rows[0] < 1 or _DEPTH.value < 1 or _CANDIDATES.value < 2 or _CONTEXT.value < 1:
         raise app.UsageError("rows, depth and context: at least 1; candidates: at least 2")
     if _GEOMETRY.value:
-        target = geometry_target(_GEOMETRY.value, _LAYERS.value)
+        target = commands.tried("geometry", geometry_target, _GEOMETRY.value, _LAYERS.value)
     else:
-        target = get_target(_TARGET.value, _DTYPE.value)
+        target = commands.tried("target", get_target, _TARGET.value, _DTYPE.value)
     report = measure(
         target, _CONTEXT.value, rows, _DEPTH.value, _CANDIDATES.value, _REPEATS.value,
         _IN_A_ROW.value, _PROFILE.value,
@@ -342,4 +342,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

@@ -18,13 +18,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 from safetensors.numpy import load_file
 
 from benchmarks.checkpoints import write_checkpoint
 from benchmarks.memory import PeakMemory
 from benchmarks.targets import random_config
 from benchmarks.timing import cores
+from experiments import commands
 from specjax.console import make_console, print_rows
 from specjax.models.config import read_config
 from specjax.models.hf import (
@@ -95,11 +96,10 @@ def run(folder, form: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(argv):
-    del argv
+def main():
     if _SAMPLE.value:
         return sample(_SAMPLE.value, _FORM.value, _DTYPE.value)
-    config = random_config(_TARGET.value)
+    config = commands.tried("target", random_config, _TARGET.value)
     with tempfile.TemporaryDirectory() as folder:
         size = write_checkpoint(folder, config, shards=_SHARDS.value)
         turns = [{form: run(folder, form) for form in FORMS} for _ in range(_REPEATS.value)]
@@ -126,4 +126,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

@@ -12,10 +12,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import timing
 from benchmarks.targets import TARGET_HELP, get_target
+from experiments import commands
 from specjax import decoding, init_drafter
 from specjax.console import make_console, print_rows
 from specjax.drafters import Committed
@@ -82,9 +83,8 @@ def timed(calls) -> dict[str, timing.Timing]:
     return timing.interleaved(calls_of, _REPEATS.value, ROUNDS, before=copy)
 
 
-def main(argv):
-    del argv
-    target = get_target(_TARGET.value)
+def main():
+    target = commands.tried("target", get_target, _TARGET.value)
     console = make_console()
     # Text that repeats itself now and then, as text does.
     rng = np.random.default_rng(0)
@@ -121,4 +121,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

@@ -13,10 +13,11 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 from benchmarks import timing
 from benchmarks.targets import TARGET_HELP, get_target
+from experiments import commands
 from specjax.cache import empty_cache, tree_cache_mask
 from specjax.console import make_console, print_rows
 from specjax.drafters.proposals import log_law
@@ -95,9 +96,8 @@ def rule_call(rule, sampling: Sampling, logits_BxTxV, depth: int, candidates: in
     return lambda: run(keys_B, tree, logits_BxTxV)
 
 
-def main(argv):
-    del argv
-    target = get_target(_TARGET.value)
+def main():
+    target = commands.tried("target", get_target, _TARGET.value)
     depth, candidates, batch = _DEPTH.value, _CANDIDATES.value, _BATCH.value
     rows = depth * candidates + 1
     forward_call = target_forward(target, batch, rows, _CONTEXT.value)
@@ -133,4 +133,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

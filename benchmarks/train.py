@@ -30,6 +30,7 @@ from rich.console import Console
 from benchmarks import timing
 from benchmarks.targets import GEOMETRY_HELP, geometry_target, get_target
 from configs import fasteagle
+from experiments import commands
 from experiments.compare import train_config
 from specjax import sharding
 from specjax.console import make_console, print_rows
@@ -313,9 +314,9 @@ def print_report(report: dict, console: Console) -> None:
     print_rows(console, headings, rows, "On the host")
 
 
-def main(argv):
-    del argv
-    config = _CONFIG.value or fasteagle.get_config(_GEOMETRY.value or "")
+def main():
+    preset = _GEOMETRY.value or ""
+    config = _CONFIG.value or commands.tried("geometry", fasteagle.get_config, preset)
     if "drafters" not in config:
         raise app.UsageError(f"config: {config.name!r} is no recipe of drafters")
     with config.unlocked():
@@ -339,4 +340,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

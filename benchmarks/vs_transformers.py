@@ -25,6 +25,7 @@ from rich.console import Console
 
 from benchmarks import timing
 from benchmarks.targets import TARGET_HELP, get_target
+from experiments import commands
 from specjax import generate
 from specjax.console import make_console, print_rows
 from specjax.models.hf import save_target
@@ -158,9 +159,8 @@ def print_report(target: Target, rows: list[dict], new_tokens: int, console: Con
     print_rows(console, headings, cells, "Greedy decoding side by side")
 
 
-def main(argv):
-    del argv
-    target = get_target(_TARGET.value)
+def main():
+    target = commands.tried("target", get_target, _TARGET.value)
     new_tokens = _NEW_TOKENS.value
     longest = _PROMPT_TOKENS.value + new_tokens
     if longest > target.config.max_position_embeddings:
@@ -193,4 +193,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

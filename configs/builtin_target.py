@@ -11,6 +11,8 @@ Smoke:    python -m experiments.main --config=configs/builtin_target.py:smoke
 
 from ml_collections import ConfigDict
 
+from configs import common
+
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (the shipped model), "smoke" (seconds, for CI)."""
@@ -39,14 +41,9 @@ def get_config(preset: str = "") -> ConfigDict:
     config.batch_sizes = (8, 2)
     config.stage_steps = (1600, 100)
 
-    config.optimizer = ConfigDict()
-    config.optimizer.name = "muon"
-    config.optimizer.learning_rate = 3e-3  # embeddings and norms
-    config.optimizer.muon_learning_rate = 2e-2  # the layers' kernels
-    config.optimizer.warmup_steps = 60
+    config.optimizer = common.optimizer(3e-3, 60)  # embeddings and norms: AdamW
+    config.optimizer.name = "muon"  # the layers' kernels
     config.optimizer.final_lr_ratio = 0.02
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.95
     config.optimizer.weight_decay = 0.01
     config.optimizer.clip_norm = 1.0
 

@@ -94,7 +94,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.data.prompts = "stdlib-train"  # prompt set whose continuations are the training data
     config.data.data_dir = ""  # folder of local prompt sets
     config.data.count = 320  # sequences
-    config.data.max_prompt_tokens = 96  # the last ones are kept
+    config.data.max_prompt_tokens = 96  # the last ones are kept, 0 = all
     config.data.max_new_tokens = 128
     config.data.temperature = 0.0
     config.data.batch = 64
@@ -135,7 +135,7 @@ def base(name: str, preset: str) -> ConfigDict:
     config.eval.top_p = 1.0
     config.eval.prompts = 32  # of each task, 0 = all
     config.eval.max_new_tokens = 96
-    config.eval.max_prompt_tokens = 192
+    config.eval.max_prompt_tokens = 192  # the last ones are kept, 0 = all
     config.eval.repeats = 1
     config.eval.timing_repeats = 15  # timed calls of each part of a round, on each of three states
     config.eval.batch = 1

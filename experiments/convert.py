@@ -10,7 +10,7 @@ import pathlib
 
 from absl import app, flags
 
-from experiments.commands import parse_flags
+from experiments import commands
 from specjax import load_drafter, load_target
 from specjax.console import make_console
 from specjax.interchange import DTYPES, FORMATS, export_drafter
@@ -50,17 +50,15 @@ def convert(drafter: str, target: str, format: str, out: str, verifier: str | No
         console.print(f"note: {NOTES[format]}")
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}", exitcode=2)
+def main():
     try:
         convert(
             _DRAFTER.value, _TARGET.value, _FORMAT.value, _OUT.value, _VERIFIER.value, _DTYPE.value
         )
     except (ValueError, OSError) as error:
-        raise app.UsageError(str(error), exitcode=2) from error
+        raise app.UsageError(str(error)) from error
 
 
 if __name__ == "__main__":
     flags.mark_flags_as_required(["drafter", "target", "format", "out"])
-    app.run(main, flags_parser=parse_flags)
+    commands.run(main)

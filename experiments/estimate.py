@@ -13,6 +13,8 @@ import os
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments import commands
+
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _DEVICES = flags.DEFINE_integer("devices", 1, "chips to plan for", lower_bound=1)
 _CHIP = flags.DEFINE_string("accelerator", "h100", "one of the table in docs/planning.md")
@@ -70,8 +72,7 @@ def plan(config, chip):
     return estimate(config, target, contenders(config, target), make_mesh(config.mesh), chip)
 
 
-def main(argv):
-    del argv
+def main():
     import jax
 
     # Before anything else asks jax for devices: they are what the run would have.
@@ -101,4 +102,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

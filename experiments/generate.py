@@ -19,7 +19,8 @@ from contextlib import contextmanager
 
 from absl import app, flags, logging
 
-from experiments.commands import parse_flags
+from experiments import commands
+from experiments.commands import tried, usage_error
 from experiments.screens import measures, open_screen
 from specjax import init_drafter, load_drafter, load_target
 from specjax.data.templates import FALLBACK_TEMPLATES, encode_chat, encode_prompt, turn_messages
@@ -58,16 +59,6 @@ NO_TEMPLATE = "none"
 PROMPT_LINES = 8  # of a prompt that is continued as it is, these last ones are shown
 
 
-class Wrong(Exception):
-    """A flag or an input that cannot be used; ends with status 2."""
-
-    @classmethod
-    def flag(cls, name: str, error) -> "Wrong":
-        """An error that names the flag, once."""
-        named = str(error).startswith(f"{name}:")
-        return cls(f"--{error}" if named else f"--{name}: {error}")
-
-
 # ---- conversations as token ids ------------------------------------------------------------------
 
 
@@ -78,10 +69,12 @@ class Dialogue:
         own = getattr(tokenizer, "chat_template", None)
         self.plain = template == NO_TEMPLATE or (template is None and not own)
         if self.plain and system is not None:
-            raise Wrong("--system: without a chat template there is no system message")
+            raise app.UsageError("--system: without a chat template there is no system message")
         if template not in (None, NO_TEMPLATE, *FALLBACK_TEMPLATES):
             names = ", ".join([*FALLBACK_TEMPLATES, NO_TEMPLATE])
-            raise Wrong(f"--chat_template: {template!r} is unknown, one of {names} expected")
+            raise app.UsageError(
+                f"--chat_template: {template!r} is unknown, one of {names} expected"
+            )
         self._tokenizer, self._template, self._system = tokenizer, template, system
         self.clear()
 
@@ -230,11 +223,11 @@ def converse(screen, conversations, dialogue: Dialogue, read, max_new_tokens: in
 
 
 def check_utf8(where: str, text: str) -> str:
-    """The text itself. Raises Wrong where it holds bytes that are not UTF-8."""
+    """The text itself. Raises app.UsageError where it holds bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise Wrong(f"{where}: not UTF-8 at character {error.start}") from error
+        raise app.UsageError(f"{where}: not UTF-8 at character {error.start}") from error
     return text
 
 
@@ -243,7 +236,7 @@ def piped_prompt() -> str:
     try:
         return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
-        raise Wrong(f"standard input: not UTF-8 at byte {error.start}") from error
+        raise app.UsageError(f"standard input: not UTF-8 at byte {error.start}") from error
 
 
 def open_drafter(name_or_folder: str, target):
@@ -258,34 +251,30 @@ def open_drafter(name_or_folder: str, target):
 
 
 def read_flags() -> tuple[list[Conversation], Dialogue, str | None]:
-    """(conversations, plain decoding's first; what has been said; the prompt). Raises Wrong."""
+    """(conversations, plain decoding's first; what has been said; the prompt).
 
-    def tried(flag, call, *args, **kwargs):
-        try:
-            return call(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
-            raise Wrong.flag(flag, error) from error
-
+    Raises app.UsageError.
+    """
     try:
         sampling = Sampling(_TEMPERATURE.value, _TOP_K.value, _TOP_P.value)
     except ValueError as error:
-        raise Wrong(f"--{error}") from error  # starts with the field
+        raise app.UsageError(f"--{error}") from error  # starts with the field
     prompt = _PROMPT.value
     if prompt is None and not sys.stdin.isatty():
         prompt = piped_prompt()
         if not prompt:
-            raise Wrong("standard input: empty, a prompt expected (or give --prompt)")
+            raise app.UsageError("standard input: empty, a prompt expected (or give --prompt)")
     if prompt is not None:
         check_utf8("--prompt", prompt)
         if not prompt:
-            raise Wrong("--prompt: empty")
+            raise app.UsageError("--prompt: empty")
     if _SYSTEM.value is not None:
         check_utf8("--system", _SYSTEM.value)
     target = tried("target", load_target, _TARGET.value, _DTYPE.value)
     dialogue = Dialogue(target.tokenizer, _CHAT_TEMPLATE.value, _SYSTEM.value)
     drafter = tried("drafter", open_drafter, _DRAFTER.value, target) if _DRAFTER.value else None
     if _COMPARE.value and drafter is None:
-        raise Wrong("--compare: needs a --drafter to compare with plain decoding")
+        raise app.UsageError("--compare: needs a --drafter to compare with plain decoding")
     options = dict(seed=_SEED.value, capacity=_CONTEXT.value)
     if prompt is not None:
         options["capacity"] = len(dialogue.ids(prompt)) + _MAX_NEW_TOKENS.value
@@ -319,20 +308,15 @@ def run() -> int:
             return answer_prompt(screen, conversations, dialogue, prompt, _MAX_NEW_TOKENS.value)
         return converse(screen, conversations, dialogue, reader(), _MAX_NEW_TOKENS.value)
     except UnicodeDecodeError as error:
-        raise Wrong(f"standard input: not UTF-8 at byte {error.start}") from error
+        raise app.UsageError(f"standard input: not UTF-8 at byte {error.start}") from error
     except ValueError as error:
-        raise Wrong.flag("prompt", error) from error
+        raise usage_error("prompt", error) from error
 
 
-def main(argv):
+def main():
     logging.set_verbosity(logging.WARNING)  # jax tells of the accelerators that are not there
     try:
-        if len(argv) > 1:
-            raise Wrong(f"unexpected argument {argv[1]!r}")
         sys.exit(run())
-    except Wrong as error:
-        print(f"generate: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:  # while loading, or pressed twice
         sys.exit(130)
     except BrokenPipeError:  # the reader has gone; what is left in the buffer has nowhere to go
@@ -341,4 +325,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    commands.run(main)

@@ -12,6 +12,8 @@ import pathlib
 from absl import app, flags
 from ml_collections import config_flags
 
+from experiments import commands
+
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "run folder; a rerun with the same one resumes")
 _PROFILE = flags.DEFINE_integer(
@@ -38,8 +40,7 @@ EXPERIMENTS = {
 DISTRIBUTED = ("compare",)
 
 
-def main(argv):
-    del argv
+def main():
     from absl import logging
 
     from specjax import processes, profiling
@@ -64,7 +65,11 @@ def main(argv):
         processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     processes.check_same("--config", json.dumps(plain(config), sort_keys=True))
-    folder = pathlib.Path(processes.first(lambda: str(open_run(_WORKDIR.value, config, overrides))))
+
+    def opened():
+        return str(open_run(_WORKDIR.value, config, overrides))
+
+    folder = pathlib.Path(commands.tried("workdir", processes.first, opened))
     leave_on_sigterm()
     profiling.enable(folder / "profile", _PROFILE.value)
     say(f"{config.name}: run folder {folder}")
@@ -78,4 +83,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

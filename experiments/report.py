@@ -10,14 +10,15 @@ lacks something or holds something else.
 import os
 import sys
 
-from absl import app, flags
+from absl import flags
+
+from experiments import commands
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "the run folder")
 flags.mark_flag_as_required("workdir")
 
 
-def main(argv):
-    del argv
+def main():
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # a page needs no accelerator, be it free or not
     from specjax.evaluation.report import report_run
 
@@ -32,4 +33,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    app.run(main)
+    commands.run(main)

@@ -1,5 +1,7 @@
 """What the drafters of a run train on, as its config says: who asks, who answers, in which rows."""
 
+import dataclasses
+
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -10,10 +12,7 @@ from specjax.data.feature_cache import FeatureCache, with_features
 from specjax.data.prompts import load_prompts
 from specjax.data.regenerate import regenerate
 from specjax.data.rows import Rows, pack_rows, pad_marked, pad_rows
-from specjax.evaluation.benchmark import (
-    Protocol,
-    prompt_ids,
-)
+from specjax.evaluation.benchmark import Protocol, cut_left, prompt_ids
 from specjax.models.target import Target
 from specjax.progress import say
 from specjax.sampling import Sampling
@@ -25,9 +24,7 @@ def protocol(config: ConfigDict, task: str, temperature: float) -> Protocol:
     cfg = config.eval
     return Protocol(
         task=task,
-        sampling=Sampling(
-            temperature, cfg.top_k if temperature else 0, cfg.top_p if temperature else 1.0
-        ),
+        sampling=Sampling(temperature, cfg.top_k, cfg.top_p),
         max_new_tokens=cfg.max_new_tokens,
         repeats=cfg.repeats,
         seed=config.seed,
@@ -41,13 +38,10 @@ def training_prompts(config: ConfigDict, target: Target) -> list[list[int]]:
     """Token ids of the training prompts, cut from the left."""
     cfg = config.data
     prompts = load_prompts(cfg.prompts, limit=cfg.count, data_dir=cfg.data_dir or None)
-    settings = protocol(config, "train", 0.0)
-    return cut_left([prompt_ids(target, p, [], settings) for p in prompts], cfg.max_prompt_tokens)
-
-
-def cut_left(prompts, most: int) -> list[list[int]]:
-    """The first token of each prompt and its last `most` - 1 others."""
-    return [row[:1] + row[1:][-(most - 1) :] for row in prompts]
+    settings = dataclasses.replace(
+        protocol(config, "train", 0.0), max_prompt_tokens=cfg.max_prompt_tokens
+    )
+    return [prompt_ids(target, p, [], settings) for p in prompts]
 
 
 def training_rows(config: ConfigDict, target: Target, ids, folder) -> dict[str, np.ndarray]:
@@ -86,7 +80,8 @@ def training_data(config: ConfigDict, target: Target, folder):
         prompts = training_prompts(config, target)
         return prompts, training_rows(config, target, prompts, folder)
     marked = dialogues(config, target, folder if cfg.regenerate else None)
-    prompts = cut_left(contexts_of(marked), cfg.max_prompt_tokens)
+    bos = target.config.bos_token_id
+    prompts = [cut_left(ids, cfg.max_prompt_tokens, bos) for ids in contexts_of(marked)]
     return prompts, pad_marked(marked, cfg.length)
 
 

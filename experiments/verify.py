@@ -11,8 +11,9 @@ import sys
 
 from absl import app, flags
 
+from experiments import commands
 from experiments.checks import verify
-from experiments.commands import parse_flags, usage_error
+from experiments.commands import tried, usage_error
 from specjax import load_drafter, load_target
 from specjax.data.prompts import load_prompts
 from specjax.evaluation.benchmark import Protocol, prompt_ids
@@ -43,13 +44,6 @@ _JSON = flags.DEFINE_string("json", None, "file to write the outcome to")
 
 def read_flags():
     """(target, drafter, prompts, settings) that the flags name. Raises app.UsageError."""
-
-    def tried(flag, call, *args, **kwargs):
-        try:
-            return call(*args, **kwargs)
-        except (ValueError, OSError, ImportError) as error:
-            raise usage_error(flag, error) from error
-
     temperatures = tried("temperatures", lambda: tuple(map(float, _TEMPERATURES.value)))
     try:
         settings = Settings(
@@ -57,7 +51,7 @@ def read_flags():
             _SEED.value, _ALPHA.value,
         )  # fmt: skip
     except ValueError as error:
-        raise app.UsageError(f"--{error}", exitcode=2) from error  # starts with the field
+        raise app.UsageError(f"--{error}") from error  # starts with the field
     if _RULE.value is not None:
         tried("rule", get_rule, _RULE.value)
     target = tried("target", load_target, _TARGET.value, _DTYPE.value)
@@ -74,20 +68,15 @@ def read_flags():
     return target, drafter, prompts, settings
 
 
-def main(argv):
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected argument {argv[1]!r}", exitcode=2)
+def main():
     target, drafter, prompts, settings = read_flags()
     status, report = verify(target, drafter, prompts, _RULE.value, settings)
     if _JSON.value:
         files = {"target": _TARGET.value, "drafter": _DRAFTER.value, "dtype": _DTYPE.value}
         text = json.dumps(files | report, indent=2, allow_nan=False) + "\n"
-        try:
-            write_text(_JSON.value, text)
-        except OSError as error:
-            raise usage_error("json", error) from error
+        tried("json", write_text, _JSON.value, text)
     sys.exit(status)
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse_flags)
+    commands.run(main)

@@ -253,7 +253,7 @@ def _first_state(
         limits_B=limits_B,
         done_B=done_B,
         emitted_BxR=jnp.zeros((B, rounds + 1), jnp.int32),
-        rounds_B=ones * 0 + 1,
+        rounds_B=ones,
         keys_B=keys_B,
     )
     return laid_out(engine, state)

@@ -262,7 +262,7 @@ def generate(
     if int(max_new_tokens) != max_new_tokens or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} must be an integer >= 1")
     encoded = encode_prompts(target, prompts)
-    sampling = Sampling(float(temperature), int(top_k), float(top_p))
+    sampling = Sampling(float(temperature), top_k, float(top_p))
     engine, params = make_engine(target, drafter, sampling, stop_tokens, rule)
     state = start(engine, params, encoded, int(max_new_tokens), seed)
     state = decoding.run_host(engine, params, state)

@@ -89,6 +89,13 @@ def _told(value):
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
 
 
+def everywhere(holds: bool) -> bool:
+    """Whether something holds in every process."""
+    if jax.process_count() == 1:
+        return holds
+    return bool(np.all(multihost_utils.process_allgather(np.array([holds]))))
+
+
 def check_same(name: str, text: str) -> None:
     """Raises ValueError in every process unless all were given the same text (a config, say)."""
     if jax.process_count() == 1:

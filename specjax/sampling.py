@@ -18,7 +18,7 @@ SMALLEST_TEMPERATURE = 1e-30
 class Sampling:
     """How tokens are drawn; static, so that greedy decoding compiles to argmax alone.
 
-    temperature 0 is greedy; top_k 0 and top_p 1 are off.
+    temperature 0 is greedy and turns the filters off; top_k 0 and top_p 1 are off.
     """
 
     temperature: float = 0.0
@@ -37,6 +37,9 @@ class Sampling:
             raise ValueError(f"top_k: {self.top_k} must be a whole number >= 0 (0 is off)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: {self.top_p} must be in (0, 1] (1 is off)")
+        object.__setattr__(self, "top_k", 0 if self.greedy else int(self.top_k))
+        if self.greedy:
+            object.__setattr__(self, "top_p", 1.0)
 
     @property
     def greedy(self) -> bool:

@@ -275,7 +275,7 @@ def stream(
     Special tokens have no text. Arguments and errors are `generate`'s.
     """
     (ids,) = encode_prompts(target, [prompt])
-    sampling = Sampling(float(temperature), int(top_k), float(top_p))
+    sampling = Sampling(float(temperature), top_k, float(top_p))
     capacity = len(ids) + max_new_tokens
     conversation = Conversation(target, drafter, sampling, rule, seed, stop_tokens, capacity)
     answer = conversation.ask(ids, max_new_tokens)

@@ -120,7 +120,7 @@ def test_a_run_folder_is_complete_and_resumes(tmp_path):
     assert "train/fasteagle: resuming at step 6 of 6" in again.stdout
 
     other = run(f"--workdir={folder}", "--config.seed=1")
-    assert other.returncode != 0 and "seed: 0 there, 1 now" in other.stderr
+    assert other.returncode == 2 and "seed: 0 there, 1 now" in other.stderr
 
 
 UNTRAINED = ("prompt_lookup", "token_recycling")
@@ -181,6 +181,20 @@ def test_people_s_text_is_the_prompt_and_its_known_answer(writers):
         assert len(new) <= bench.config.data.max_new_tokens
         assert ("\n" + answer if answer else "").startswith(bench.target.tokenizer.decode(new))
         assert bool(new) == bool(answer)
+
+
+def test_training_prompts_are_cut_by_their_own_field(writers):
+    bench, _ = writers
+    config = bench.config.copy_and_resolve_references()
+    config.eval.max_prompt_tokens = 2  # of evaluation prompts only
+
+    def prompts(most):
+        config.data.max_prompt_tokens = most
+        return training_data.training_prompts(config, bench.target)
+
+    whole, cut = prompts(0), prompts(3)
+    assert min(map(len, whole)) > 3
+    assert cut == [row[:1] + row[-2:] for row in whole]
 
 
 def test_a_source_that_cannot_be_is_refused_by_name(writers):
@@ -300,9 +314,9 @@ def test_a_published_preset_runs_on_local_files(tmp_path):
 @pytest.mark.slow
 def test_bad_configs_name_their_field():
     unknown = run("--config.train.stepz=3")
-    assert unknown.returncode != 0 and "stepz" in unknown.stderr
+    assert unknown.returncode == 2 and "stepz" in unknown.stderr
     preset = subprocess.run(
         [sys.executable, "-m", "experiments.main", "--config=configs/fasteagle.py:nope"],
         cwd=ROOT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert preset.returncode != 0 and "unknown preset 'nope'" in preset.stderr
+    assert preset.returncode == 2 and "unknown preset 'nope'" in preset.stderr

@@ -16,6 +16,7 @@ import types
 
 import numpy as np
 import pytest
+from absl import app
 from rich.cells import cell_len
 from rich.console import Console
 from toys import toy_target
@@ -24,7 +25,6 @@ from transformers import PreTrainedTokenizerFast
 import specjax
 from experiments.generate import (
     Dialogue,
-    Wrong,
     agreement,
     converse,
     interruptible,
@@ -266,7 +266,7 @@ def test_a_chat_template_sees_all_messages(target, pair):
     [("vicnua", None, "'vicnua' is unknown.*vicuna"), (None, "brief", "--system")],
 )
 def test_what_no_template_can_say_is_refused(target, template, system, words):
-    with pytest.raises(Wrong, match=words):
+    with pytest.raises(app.UsageError, match=words):
         Dialogue(target.tokenizer, template, system)
 
 

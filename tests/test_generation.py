@@ -185,6 +185,8 @@ def test_bad_prompts_are_named(target, prompts, match):
         (dict(temperature=1.0, top_p=0.0), "top_p: 0.0"),
         (dict(temperature=1.0, top_p=1.1), "top_p: 1.1"),
         (dict(temperature=1.0, top_k=-1), "top_k: -1"),
+        (dict(temperature=1.0, top_k=2.7), "top_k: 2.7"),
+        (dict(top_k=2.7), "top_k: 2.7"),
         (dict(rule="mtach"), "rule: 'mtach' is unknown.*match"),
         (dict(temperature=1.0, rule="greedy"), "rule 'greedy'.*temperature 0"),
     ],

@@ -223,3 +223,11 @@ def test_low_temperatures_neither_overflow_nor_blur(temperature):
     logits = jnp.array([-300.0, 200.0, 199.99, 0.0, 200.0])
     probs = probs_of(logits, Sampling(temperature))
     np.testing.assert_array_equal(probs, [0, 0.5, 0, 0, 0.5])
+
+
+def test_greedy_has_no_filters():
+    """Settings that decode alike are one setting, so that they are one compiled program."""
+    for top_k, top_p in ((5, 1.0), (0, 0.9), (5, 0.9)):
+        assert Sampling(0.0, top_k, top_p) == Sampling(), "a second program for the same tokens"
+        kept = Sampling(1.0, np.int64(top_k), top_p)
+        assert (kept.top_k, kept.top_p) == (top_k, top_p) and type(kept.top_k) is int

@@ -209,7 +209,7 @@ def test_exit_statuses_from_the_command_line(tmp_path):
         (["--temperatures=warm"], "--temperatures"),
         (["--target=/nowhere"], "--target: /nowhere"),
         (["--drafter=/nowhere"], "--drafter: /nowhere"),
-        (["--rule=nonsense"], "--rule: rule: 'nonsense' is unknown"),
+        (["--rule=nonsense"], "--rule: 'nonsense' is unknown"),
         (["--rule=greedy"], "--rule: rule 'greedy' decodes at temperature 0 only"),
         (["--top_p=2"], "--top_p"),
         (["--dtype=int8"], "dtype"),

@@ -209,7 +209,7 @@ class FastEagleX(FastEagle):
         return children
 
     def _levels(self):
-        """The static tree level by level: (rows, their parents' places above, their ranks).
+        """The static tree level by level: (depth, rows, their parents' places above, their ranks).
 
         A place is an index into the level's nodes that have children.
         """

@@ -1,11 +1,13 @@
 """What a draft tree's nodes are worth: the drafter's probability of each and the target's."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.drafters.learned import LearnedDrafter
 from specjax.evaluation.pictures import TreeView, token_label
 from specjax.generation import pad_to_bucket
 from specjax.models.target import Target
@@ -50,8 +52,8 @@ def node_probabilities(
             f"{definition.unrolled}"
         )
     texts = pad_to_bucket([[*ids, *(tokens[row] for row in path)] for path in paths])
-    logp_RxNxV, logq_RxNxV = _laws(
-        definition, target.config, target.params, drafter.params, jnp.asarray(texts), len(ids)
+    logp_RxNxV, logq_RxNxV = jax.device_get(
+        _laws(definition, target.config, target.params, drafter.params, texts, len(ids))
     )
     q_T, p_T = np.ones(len(paths)), np.ones(len(paths))
     for row, path in enumerate(paths[1:], start=1):
@@ -61,24 +63,20 @@ def node_probabilities(
     return q_T, p_T
 
 
-def _laws(definition, config, target_params, params, tokens_RxP, length: int):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _laws(definition: LearnedDrafter, config, target_params, params, tokens_RxP, length):
     """Log-laws of the N tokens after the root: the target's and the drafter's, each RxNxV."""
     N = definition.unrolled
-
-    @jax.jit
-    def run(target_params, params, tokens_RxP):
-        with precision_of(target_params):
-            features = text_features(target_params, config, definition.taps, tokens_RxP)
-            ahead = jnp.minimum(length - 1 + jnp.arange(N), tokens_RxP.shape[1] - 1)
-            logits = logits_of(target_params, features["hidden"][:, ahead])
-            hidden, _ = definition.teach(params, target_params, features.get("taps"), tokens_RxP)
-            # Row t stands for the round whose root is token t + 1.
-            rows_RxNxD = jnp.stack([h[:, length - 2] for h in hidden], axis=1)
-            drafted = definition.logits(params, target_params, rows_RxNxD)
-            logq = definition.to_target_laws(params, jax.nn.log_softmax(drafted))
-            return jax.nn.log_softmax(logits.astype(jnp.float32)), logq
-
-    return [np.asarray(law) for law in run(target_params, params, tokens_RxP)]
+    with precision_of(target_params):
+        features = text_features(target_params, config, definition.taps, tokens_RxP)
+        ahead = jnp.minimum(length - 1 + jnp.arange(N), tokens_RxP.shape[1] - 1)
+        logits = logits_of(target_params, features["hidden"][:, ahead])
+        hidden, _ = definition.teach(params, target_params, features.get("taps"), tokens_RxP)
+        # Row t stands for the round whose root is token t + 1.
+        rows_RxNxD = jnp.stack([h[:, length - 2] for h in hidden], axis=1)
+        drafted = definition.logits(params, target_params, rows_RxNxD)
+        logq = definition.to_target_laws(params, jax.nn.log_softmax(drafted))
+        return jax.nn.log_softmax(logits.astype(jnp.float32)), logq
 
 
 def tree_view(

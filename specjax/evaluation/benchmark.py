@@ -18,6 +18,7 @@ from specjax.models.target import Target
 from specjax.profiling import traced
 from specjax.progress import progress
 from specjax.sampling import Sampling
+from specjax.streaming import Detokenizer
 from specjax.trained import TrainedDrafter
 from specjax.training.drafter import TrainingCost
 
@@ -59,11 +60,15 @@ def prompt_ids(target: Target, prompt: Prompt, answers: Sequence[str], protocol:
         messages = turn_messages(prompt.turns, answers)
         template = protocol.chat_template or None
         ids = encode_chat(target.tokenizer, messages, template=template)
-    limit = protocol.max_prompt_tokens
-    if limit and len(ids) > limit:
-        head = ids[:1] if ids[0] == target.config.bos_token_id else []
-        ids = head + ids[len(ids) - limit + len(head) :]
-    return ids
+    return cut_left(ids, protocol.max_prompt_tokens, target.config.bos_token_id)
+
+
+def cut_left(ids: list[int], most: int, bos: int | None) -> list[int]:
+    """The last `most` tokens (0: all), of which the first is `bos` where it was before."""
+    if not most or len(ids) <= most:
+        return ids
+    head = ids[:1] if ids[0] == bos else []
+    return head + ids[len(ids) - most + len(head) :]
 
 
 class Runner:
@@ -248,14 +253,12 @@ def _method_run(target, runner, turns, asked, reference, costs, protocol) -> Met
 
 
 def shaded_pieces(target: Target, record: TurnRecord) -> list[tuple[str, int]]:
-    """(text, depth) of each token: 0 is the target's own, i an accepted draft of depth i."""
-    depths = []
-    for emitted in record.accept_lengths:
-        depths += [*range(1, emitted), 0]
-    pieces, done = [], ""
-    for i, depth in enumerate(depths):
-        text = target.tokenizer.decode(list(record.tokens[: i + 1]))
-        if not text.endswith("\ufffd"):  # an unfinished character belongs to the next token
-            pieces.append((text[len(done) :], depth))
-            done = text
-    return pieces
+    """(text, depth) of each token: 0 is the target's own, i an accepted draft of depth i.
+
+    Tokens without text of their own, special ones among them, are left out.
+    """
+    words = Detokenizer(target.tokenizer)
+    texts = [words.feed(token) for token in record.tokens]
+    texts[-1] += words.flush()
+    depths = [d for emitted in record.accept_lengths for d in (*range(1, emitted), 0)]
+    return [piece for piece in zip(texts, depths, strict=True) if piece[0]]

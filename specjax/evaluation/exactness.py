@@ -13,6 +13,7 @@ from specjax.cache import causal_cache_mask, empty_cache
 from specjax.evaluation.lossless import (
     TIE,
     Divergence,
+    count_identical,
     divergences,
     lossy_verdict,
     recomputed,
@@ -57,7 +58,7 @@ class Settings:
 
     def sampling(self, temperature: float) -> Sampling:
         """The filter at one temperature."""
-        return Sampling(temperature, self.top_k, self.top_p) if temperature else Sampling()
+        return Sampling(temperature, self.top_k, self.top_p)
 
     @property
     def level(self) -> float:
@@ -115,9 +116,7 @@ def _greedy(target, drafter, prompts, settings, rule, tie) -> Check:
     if not rule.exact:
         verdict = lossy_verdict(target, Sampling(), pairs, tie, settings.seed)
         return Check(0.0, rule.name, verdict, None, tokens, accepted, (), tuple(parted))
-    ties = sum(d.gap < tie for d in parted)
-    same = len(pairs) - len(parted)
-    verdict = {"kind": "identical", "checked": len(pairs), "identical": same, "ties": ties}
+    verdict = count_identical(parted, len(pairs), tie)
     failures = tuple(_explain(d, tie) for d in parted if d.gap >= tie)
     return Check(
         0.0, rule.name, verdict, not failures, tokens, accepted, (), tuple(parted), failures

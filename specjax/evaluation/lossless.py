@@ -83,10 +83,14 @@ def identical_verdict(target: Target, pairs, tie: float = TIE) -> dict:
       {"kind": "identical", "checked", "identical", "ties"}: a tie is an answer whose first
       divergence lies between tokens whose logits are closer to the largest one than `tie`.
     """
-    parted = divergences(target, pairs)
+    return count_identical(divergences(target, pairs), len(pairs), tie)
+
+
+def count_identical(parted: Sequence[Divergence], checked: int, tie: float = TIE) -> dict:
+    """`identical_verdict` of the answers that parted, out of those checked."""
     ties = sum(d.gap < tie for d in parted)
-    same = len(pairs) - len(parted)
-    return {"kind": "identical", "checked": len(pairs), "identical": same, "ties": ties}
+    same = checked - len(parted)
+    return {"kind": "identical", "checked": checked, "identical": same, "ties": ties}
 
 
 def recomputed(target: Target, prompt, new) -> list[int]:

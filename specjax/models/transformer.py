@@ -26,7 +26,7 @@ from specjax.sharding import gathered, rows_over_mesh
 
 @flax.struct.dataclass
 class ForwardOut:
-    """What one forward returns; `head` turns `hidden` into logits for the rows that need them."""
+    """What one forward returns; `logits_of` turns hidden rows into logits where they are needed."""
 
     hidden_BxTxD: jax.Array  # after the final norm: the LM head's input
     taps_BxTxM: jax.Array | None  # residual stream entering each tapped layer, concatenated

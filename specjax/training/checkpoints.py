@@ -1,8 +1,8 @@
 """Checkpoints: a thin, strict layer over orbax.
 
 orbax writes to a temporary directory and renames it when whole, so a killed run leaves either a
-whole checkpoint or a directory that is ignored. Anything damaged later is stepped over: `restore`
-falls back to the newest checkpoint that loads and says so.
+whole checkpoint or a directory that is ignored. What is damaged later is stepped over: `restore`
+falls back to the newest checkpoint that loads and says so. Where none loads, none is touched.
 """
 
 import pathlib
@@ -11,6 +11,8 @@ from collections.abc import Callable
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
+
+from specjax.processes import everywhere
 
 
 class Checkpoints:
@@ -33,23 +35,38 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def restore(self, like, say: Callable[[str], None] = logging.warning):
-        """The newest checkpoint that loads, in the shapes and shardings of `like`; or None.
+        """The newest checkpoint that loads, in the shapes and shardings of `like`.
+
+        Newer ones are then deleted: they would be in the way of the next save. None where there
+        are no checkpoints.
 
         Args:
           like: a state (arrays or ShapeDtypeStructs with shardings) of the same structure.
-          say: told about every checkpoint that had to be skipped.
+          say: told about every checkpoint that was deleted.
+
+        Raises:
+          ValueError: there are checkpoints and none loads (why, one by one); all are kept.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        reasons: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            state, reason = None, "another process could not load it"
             try:
-                return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # orbax raises many kinds; each means: not this one
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                say(
-                    f"checkpoint {self.folder / str(step)} is damaged, "
-                    f"trying an older one: {reason}"
-                )
-                self._manager.delete(step)
+            if everywhere(state is not None):
+                for newer, why in reasons.items():
+                    say(
+                        f"checkpoint {self.folder / str(newer)} is damaged and deleted, going on "
+                        f"from step {step}: {why}"
+                    )
+                    self._manager.delete(newer)
+                return state
+            reasons[step] = reason
+        if reasons:
+            each = "; ".join(f"step {step}: {why}" for step, why in reasons.items())
+            raise ValueError(f"{self.folder}: no checkpoint loads, all are kept: {each}")
         return None
 
     def close(self):

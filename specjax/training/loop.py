@@ -50,11 +50,11 @@ def fit(
 
     Raises:
       FloatingPointError: the loss or a gradient is not finite; the last good checkpoint stays.
+      ValueError: there are checkpoints and none loads; they and the metrics stay as they are.
       Preempted: SIGTERM came; the step under way was finished and saved.
     """
     if checkpoints is not None and checkpoints.latest() is not None:
-        restored = checkpoints.restore(state, say)
-        state = state if restored is None else restored
+        state = checkpoints.restore(state, say)
     done = int(state.step)
     if metrics is not None:
         metrics.rewind(stage, done)

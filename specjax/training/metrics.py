@@ -22,14 +22,19 @@ class MetricsLog:
         self.mirror = Mirror(self.path.parent / "tensorboard") if tensorboard else None
 
     def rows(self) -> list[dict]:
-        """All whole rows; a last line that a killed run left unfinished is ignored."""
+        """All rows; a last line that a killed run left unfinished is ignored.
+
+        Raises:
+          ValueError: any other line that is not JSON (names file and line).
+        """
         rows = []
-        if self.path.is_file():
-            for line in self.path.read_text().splitlines():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError:
-                    continue
+        text = self.path.read_text() if self.path.is_file() else ""
+        for number, line in enumerate(text.splitlines(keepends=True), start=1):
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                if line.endswith("\n"):
+                    raise ValueError(f"{self.path}:{number}: not JSON: {error}") from error
         return rows
 
     def seconds(self, stage: str, tokens_per_step: int) -> float:
@@ -42,7 +47,7 @@ class MetricsLog:
         return total
 
     def rewind(self, stage: str, step: int):
-        """Forgets rows of `stage` past `step` (and unfinished lines)."""
+        """Forgets rows of `stage` past `step` (and an unfinished line). Raises as `rows`."""
         keep = [r for r in self.rows() if r.get("stage") != stage or r.get("step", 0) <= step]
         if is_first() and self.path.is_file():
             write_text(self.path, "".join(json.dumps(r) + "\n" for r in keep))

@@ -1,5 +1,6 @@
 """Pretraining of a small target from scratch: how the built-in model was made."""
 
+import functools
 import time
 
 import jax
@@ -30,12 +31,17 @@ def token_losses(params, config: ModelConfig, tokens_BxT):
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens_BxT[:, 1:])
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _total_loss(params, config: ModelConfig, tokens_BxT):
+    return token_losses(params, config, tokens_BxT).sum()
+
+
 def bits_per_byte(params, config: ModelConfig, tokens: np.ndarray, num_bytes: int, length: int):
     """Held-out bits per UTF-8 byte over a whole stream, read in windows without carried context."""
-    total = jax.jit(lambda p, t: token_losses(p, config, t).sum())
     count = (len(tokens) - 1) // length
     windows = np.stack([tokens[i * length : (i + 1) * length + 1] for i in range(count)])
-    nats = sum(float(total(params, windows[i : i + 8])) for i in range(0, count - 7, 8))
+    batches = (windows[i : i + 8] for i in range(0, count - 7, 8))
+    nats = sum(float(_total_loss(params, config, batch)) for batch in batches)
     scored = (count // 8) * 8 * length
     return nats / np.log(2) / (num_bytes * scored / len(tokens))
 

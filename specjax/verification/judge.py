@@ -2,8 +2,7 @@
 
 Source: Bachmann et al. 2501.19309. The head reads the target's last hidden state *at* the drafted
 token (the row that has consumed it, not the row that predicted it), and what it accepts is
-OR-ed into an exact base rule as a force mask; gates to come produce the same mask. How heads are
-trained: `training/judge.py`.
+OR-ed into an exact base rule as a force mask. How heads are trained: `training/judge.py`.
 """
 
 import dataclasses

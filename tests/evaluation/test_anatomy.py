@@ -6,6 +6,7 @@ import pytest
 from toys import toy_target
 
 from specjax import decoding
+from specjax.evaluation import anatomy
 from specjax.evaluation.anatomy import node_probabilities, paths_to, tree_view
 from specjax.generation import make_engine, start
 from specjax.sampling import Sampling
@@ -51,6 +52,15 @@ def test_probabilities_are_those_of_the_round(target, drafted):
     for row in range(1, len(tokens)):
         assert q_T[row] == pytest.approx(law_TxV[parents[row], tokens[row]], rel=1e-4, abs=1e-7)
         assert p_T[row] == pytest.approx(p_TxV[parents[row], tokens[row]], rel=1e-4, abs=1e-7)
+
+
+def test_texts_of_one_bucket_compile_once(target):
+    drafter = init_drafter("fasteagle", target, num_layers=2)
+    tree = chain(2).draft(np.array([[2, 1, 4]]))
+    before = anatomy._laws._cache_size()
+    for ids in (IDS, [4, *IDS]):
+        node_probabilities(target, drafter, ids, tree)
+    assert anatomy._laws._cache_size() == before + 1
 
 
 def test_a_view_shows_the_path_that_the_rule_took(target, drafted):

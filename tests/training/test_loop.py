@@ -81,17 +81,53 @@ def test_seconds_count_the_steps_of_every_process(tmp_path):
     assert log.seconds("c", 5) == 0
 
 
+def damage(checkpoint):
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.stat().st_size > 50:
+            path.write_bytes(path.read_bytes()[:10])
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_damaged_checkpoint_falls_back_to_the_last_whole_one(tmp_path, capsys):
     whole = run(tmp_path / "whole", 9)
     run(tmp_path / "cut", 6)
     newest = tmp_path / "cut" / "checkpoints" / "6"
-    for path in newest.rglob("*"):
-        if path.is_file() and path.stat().st_size > 50:
-            path.write_bytes(path.read_bytes()[:10])
+    damage(newest)
     resumed = run(tmp_path / "cut", 9)
     np.testing.assert_array_equal(whole.params["w"], resumed.params["w"])
     said = capsys.readouterr().out
     assert f"{newest} is damaged" in said and "resuming at step 3" in said
+
+
+def test_where_no_checkpoint_loads_nothing_is_lost(tmp_path):
+    run(tmp_path, 6)
+    before = contents(tmp_path)
+    wider = create({"w": jnp.ones(5), "b": jnp.ones(5)}, OPTIMIZER)  # another tree of parameters
+    with pytest.raises(ValueError, match="no checkpoint loads.*step 6: .*step 3: "):
+        Checkpoints(tmp_path / "checkpoints").restore(wider)
+    assert contents(tmp_path) == before
+    for step in (3, 6):
+        damage(tmp_path / "checkpoints" / str(step))
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'checkpoints'}: no checkpoint loads"):
+        run(tmp_path, 9)
+    assert contents(tmp_path) == before
+
+
+def test_a_checkpoint_that_another_process_cannot_load_is_no_ones(tmp_path, monkeypatch):
+    run(tmp_path, 6)
+    answers, said = iter([False, True]), []
+    monkeypatch.setattr(
+        "specjax.training.checkpoints.everywhere", lambda holds: holds and next(answers)
+    )
+    state = Checkpoints(tmp_path / "checkpoints").restore(
+        create({"w": jnp.ones(5)}, OPTIMIZER), said.append
+    )
+    assert int(state.step) == 3 and "another process" in said[0] and len(said) == 1
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 3
 
 
 def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -103,7 +139,7 @@ def test_nan_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     assert Checkpoints(tmp_path / "checkpoints").latest() == 3
 
 
-def test_metrics_drop_half_written_lines(tmp_path):
+def test_metrics_drop_a_half_written_last_line(tmp_path):
     log = MetricsLog(tmp_path / "metrics.jsonl")
     log.write("a", 1, loss=1.0)
     log.write("a", 2, loss=0.5)
@@ -112,6 +148,18 @@ def test_metrics_drop_half_written_lines(tmp_path):
         file.write('{"step": 3, "sta')
     log.rewind("a", 1)
     assert [(r["stage"], r["step"]) for r in log.rows()] == [("a", 1), ("b", 9)]
+
+
+def test_a_damaged_line_of_the_metrics_is_named_and_kept(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log.write("a", 1, loss=1.0)
+    with log.path.open("a") as file:
+        file.write('{"step": 2, "sta\n')
+    log.write("a", 3, loss=1.0)
+    before = log.path.read_text()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not JSON"):
+        log.rewind("a", 1)
+    assert log.path.read_text() == before
 
 
 @pytest.mark.slow

@@ -92,6 +92,15 @@ def test_configs_are_locked_and_presets_are_named():
             recipe.get_config("nope")
 
 
+def test_every_optimiser_is_a_change_of_one_field():
+    for recipe in (fasteagle, builtin_target):
+        config = recipe.get_config()
+        cfg = config.optimizer if "optimizer" in config else config.train.optimizer
+        for name in ("adamw", "muon"):
+            cfg.name = name
+            make_optimizer(cfg, 10)
+
+
 def test_windows_are_pure_and_cover_an_epoch():
     stream = np.arange(1000, dtype=np.int32)
     a, b = Windows(stream, 7, seed=3), Windows(stream, 7, seed=3)
