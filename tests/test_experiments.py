@@ -294,7 +294,8 @@ def test_a_published_preset_runs_on_local_files(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = read_results(tmp_path / "run" / "results.json")["rows"]
     assert {r["nodes"] for r in rows} == {1, 57} and len(rows) == 5
-    assert all(r["lossless"]["checked"] == 4 for r in rows)  # two prompts of two turns
+    # Two prompts of two turns; second ones are compared where the first were equal.
+    assert all(2 <= r["lossless"]["checked"] <= 4 for r in rows)
 
 
 @pytest.mark.slow
