@@ -245,7 +245,7 @@ def calibrated(bench: Bench, methods) -> tuple[list[Method], list[str]]:
 
 def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list[dict], list[dict]]:
     """(result rows, one sample answer a method) of every task at every temperature."""
-    config, target, results, samples = bench.config, bench.target, [], {}
+    config, target, results, samples, answers = bench.config, bench.target, [], {}, {}
     for task, prompts in bench.tasks.items():
         for temperature in config.eval.temperatures:
             settings = dataclasses.replace(protocol(config, task, temperature), seed=seed)
@@ -259,8 +259,8 @@ def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list
                 )
                 name = answers_name(run.method, temperature)
                 model_id = f"specjax-{name.removesuffix('.jsonl')}"
-                parent = bench.folder / "answers" / (task if len(bench.tasks) > 1 else "") / within
-                write_answers(parent / name, run, model_id)
+                answers.setdefault(name, []).append(run)  # the file grows by a task at a time
+                write_answers(bench.folder / "answers" / within / name, answers[name], model_id)
                 if not run.is_vanilla and temperature == 0:
                     samples.setdefault(run.method, sample(target, run, prompts))
     return results, list(samples.values())
