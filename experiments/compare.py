@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from experiments.preflight import check_config, check_methods, check_prompts
 from experiments.training_data import (
     batches,
     documents,
@@ -62,7 +63,12 @@ class Bench:
 
 
 def prepare(config: ConfigDict, folder) -> Bench:
-    """Loads the target, makes the training data and reads the prompts."""
+    """Loads the target, makes the training data and reads the prompts.
+
+    Raises:
+      ValueError, OSError: the config asks for what cannot be, training and decoding included.
+    """
+    check_config(config)
     metrics = MetricsLog(folder / "metrics.jsonl", config.tensorboard)
     mesh = sharding.make_mesh(config.mesh)
     sharded = mesh.size > 1
@@ -84,12 +90,14 @@ def prepare(config: ConfigDict, folder) -> Bench:
         config.target.scan_layers,
         config.sharding_rules,
     )
+    check_prompts(config, target, tasks)
     prompts, rows = training_data(config, target, folder)
     variants = [
         Method(name, drafter.with_budget(**any_paths(budget)))
         for name, drafter in init_all(config, target, rows, config.seed).items()
         for budget in budgets_of(config.drafters[name])
     ]
+    check_methods(config, target, variants)
     shapes = {
         task: shared_shapes(target, variants, prompts, protocol(config, task, 0.0))
         for task, prompts in tasks.items()
