@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from experiments.commands import refusals
 from experiments.preflight import check_config, check_methods, check_prompts
 from experiments.training_data import (
     batches,
@@ -62,11 +63,12 @@ class Bench:
     shapes: dict[str, Shapes]
 
 
+@refusals()
 def prepare(config: ConfigDict, folder) -> Bench:
     """Loads the target, makes the training data and reads the prompts.
 
     Raises:
-      ValueError, OSError: the config asks for what cannot be, training and decoding included.
+      Refused: the config asks for what cannot be, training and decoding included.
     """
     check_config(config)
     metrics = MetricsLog(folder / "metrics.jsonl", config.tensorboard)

@@ -299,11 +299,18 @@ def test_a_published_preset_runs_on_local_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_bad_configs_name_their_field():
+def test_bad_configs_name_their_field(tmp_path):
+    """Without a traceback, and with the run folder left for the corrected command."""
     unknown = run("--config.train.stepz=3")
     assert unknown.returncode != 0 and "stepz" in unknown.stderr
-    preset = subprocess.run(
-        [sys.executable, "-m", "experiments.main", "--config=configs/fasteagle.py:nope"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert preset.returncode != 0 and "unknown preset 'nope'" in preset.stderr
+    workdir = f"--workdir={tmp_path}"
+    for arguments, words in (
+        (["--config=configs/fasteagle.py:nope"], "main: --config: fasteagle: unknown preset"),
+        ([workdir, "--config.eval.rule=tokens"], "eval.rule: 'tokens' is unknown"),
+        ([workdir, "--config.eval.tasks=('none.jsonl',)"], "none.jsonl: no such prompt file"),
+        ([workdir, "--config.seed=1"], "seed: 0 there, 1 now"),
+    ):
+        refused = run(*arguments)
+        assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert "Traceback" in run(workdir, "--config.eval.rule=tokens", "--verbosity=1").stderr

@@ -9,6 +9,7 @@ from toys import toy_target
 import specjax
 from configs import fasteagle
 from experiments import compare
+from experiments.commands import Refused, refusals
 from experiments.preflight import check_config, check_methods, check_prompts
 from specjax.data.prompt_files import Prompt
 from specjax.evaluation.benchmark import Method
@@ -92,8 +93,19 @@ def test_nothing_is_loaded_or_decoded_first(config, target, tmp_path, monkeypatc
         compare.prepare(config, tmp_path)
     monkeypatch.setattr(compare, "load_target", pytest.fail)
     config.eval.rule = "judge"
-    with pytest.raises(ValueError, match="eval.rule: 'judge'"):
+    with pytest.raises(Refused, match="eval.rule: 'judge'"):
         compare.prepare(config, tmp_path)
+
+
+@pytest.mark.parametrize("error, refused", [
+    (ValueError("as it was"), True), (FileNotFoundError("as it was"), True),
+    (FloatingPointError("as it was"), False), (RuntimeError("as it was"), False),
+])  # fmt: skip
+def test_only_what_users_give_is_refused(error, refused):
+    with pytest.raises(Refused if refused else type(error), match="^as it was$") as raised:
+        with refusals():
+            raise error
+    assert (raised.value.__cause__ is error) == refused
 
 
 def test_what_is_not_read_is_not_refused(config):
