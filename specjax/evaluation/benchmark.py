@@ -226,7 +226,7 @@ def losslessness(
       reference: the same of plain decoding. At temperature 0 turns are compared whose prompts are
         equal: a conversation that has parted asks its later turns after another text.
     """
-    tie, _ = rounding_tie(target, drafter, [[*prompt, *new] for prompt, new in reference])
+    tie, _ = rounding_tie(target, drafter, [prompt for prompt, _ in reference])
     if not rule.exact:
         verdict = lossy_verdict(target, sampling, answers, tie)
     elif sampling.greedy:
