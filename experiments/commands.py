@@ -1,5 +1,6 @@
 """What command lines share: flags and nothing else; what is wrong with one ends with status 2."""
 
+import contextlib
 import pathlib
 import sys
 import traceback
@@ -20,7 +21,7 @@ def run(main: Callable[[], None]) -> None:
                 raise app.UsageError(f"unexpected argument {argv[1]!r}")
             main()
         except app.UsageError as error:
-            _end(" ".join(str(error).split()))
+            _end(str(error))
 
     app.run(with_flags_only, flags_parser=_parse_flags)
 
@@ -39,6 +40,32 @@ def tried(flag: str, call: Callable, *args, **kwargs):
         raise usage_error(flag, error) from error
 
 
+class Refused(ValueError):
+    """What was asked for cannot be; its message is all that a user needs."""
+
+
+@contextlib.contextmanager
+def refusals():
+    """Around what checks and reads what a user gave: its ValueError or OSError becomes `Refused`.
+
+    Later ones, deep in a step, are nobody's wrong flag and keep their traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise Refused(str(error)) from error
+
+
+def _reason(error) -> str:
+    """What a flag's error says; of a recipe that refuses its preset the last line alone.
+
+    Other errors of a recipe come with their traceback, for they are the recipe's own mistake.
+    """
+    lines = str(error).strip().splitlines()
+    refused = "Traceback" in str(error) and lines[-1].startswith("ValueError: ")
+    return lines[-1].replace("ValueError", "--config") if refused else str(error)
+
+
 def _parse_flags(argv):
     """absl's own parser ends with status 1, which some programs need for something else."""
     try:
@@ -47,7 +74,7 @@ def _parse_flags(argv):
         getattr(getattr(flags.FLAGS, "config", None), "name", None)
         return arguments
     except (flags.Error, OSError) as error:
-        _end(f"{error} (--help lists the flags)")
+        _end(f"{_reason(error)} (--help lists the flags)")
     except AttributeError as error:  # --config.FIELD of a field that there is not
         if any(frame.name == "get_config" for frame in traceback.extract_tb(error.__traceback__)):
             raise  # the recipe's own mistake

@@ -12,6 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from experiments.commands import refusals
+from experiments.preflight import check_config, check_methods, check_prompts
 from experiments.training_data import (
     batches,
     documents,
@@ -61,8 +63,14 @@ class Bench:
     shapes: dict[str, Shapes]
 
 
+@refusals()
 def prepare(config: ConfigDict, folder) -> Bench:
-    """Loads the target, makes the training data and reads the prompts."""
+    """Loads the target, makes the training data and reads the prompts.
+
+    Raises:
+      Refused: the config asks for what cannot be, training and decoding included.
+    """
+    check_config(config)
     metrics = MetricsLog(folder / "metrics.jsonl", config.tensorboard)
     mesh = sharding.make_mesh(config.mesh)
     sharded = mesh.size > 1
@@ -84,12 +92,14 @@ def prepare(config: ConfigDict, folder) -> Bench:
         config.target.scan_layers,
         config.sharding_rules,
     )
+    check_prompts(config, target, tasks)
     prompts, rows = training_data(config, target, folder)
     variants = [
         Method(name, drafter.with_budget(**any_paths(budget)))
         for name, drafter in init_all(config, target, rows, config.seed).items()
         for budget in budgets_of(config.drafters[name])
     ]
+    check_methods(config, target, variants)
     shapes = {
         task: shared_shapes(target, variants, prompts, protocol(config, task, 0.0))
         for task, prompts in tasks.items()
@@ -239,7 +249,7 @@ def calibrated(bench: Bench, methods) -> tuple[list[Method], list[str]]:
 
 def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list[dict], list[dict]]:
     """(result rows, one sample answer a method) of every task at every temperature."""
-    config, target, results, samples = bench.config, bench.target, [], {}
+    config, target, results, samples, answers = bench.config, bench.target, [], {}, {}
     for task, prompts in bench.tasks.items():
         for temperature in config.eval.temperatures:
             settings = dataclasses.replace(protocol(config, task, temperature), seed=seed)
@@ -253,8 +263,8 @@ def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list
                 )
                 name = answers_name(run.method, temperature)
                 model_id = f"specjax-{name.removesuffix('.jsonl')}"
-                parent = bench.folder / "answers" / (task if len(bench.tasks) > 1 else "") / within
-                write_answers(parent / name, run, model_id)
+                answers.setdefault(name, []).append(run)  # the file grows by a task at a time
+                write_answers(bench.folder / "answers" / within / name, answers[name], model_id)
                 if not run.is_vanilla and temperature == 0:
                     samples.setdefault(run.method, sample(target, run, prompts))
     return results, list(samples.values())

@@ -5,6 +5,7 @@ python -m experiments.main --config=configs/NAME.py[:preset] [--workdir=DIR] [--
 On several hosts: the same command on each, with --distributed (docs/tpu_pod.md, docs/slurm.md).
 """
 
+import contextlib
 import importlib
 import json
 import pathlib
@@ -48,6 +49,7 @@ def main():
     from specjax.training.preemption import Preempted, leave_on_sigterm
     from specjax.training.run import open_run, plain
 
+    verbose = logging.get_verbosity() == logging.DEBUG
     logging.set_verbosity(logging.WARNING)  # orbax narrates every step of a save at INFO
     config = _CONFIG.value
     if config.experiment not in EXPERIMENTS:
@@ -64,22 +66,25 @@ def main():
             raise app.UsageError("--distributed needs --workdir, a folder that every host sees")
         processes.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _TIMEOUT.value)
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
-    processes.check_same("--config", json.dumps(plain(config), sort_keys=True))
-
-    def opened():
-        return str(open_run(_WORKDIR.value, config, overrides))
-
-    folder = pathlib.Path(commands.tried("workdir", processes.first, opened))
-    leave_on_sigterm()
-    profiling.enable(folder / "profile", _PROFILE.value)
-    say(f"{config.name}: run folder {folder}")
     module, function = EXPERIMENTS[config.experiment].split(":")
     try:
-        with processes.only_writer(folder):
+        with contextlib.ExitStack() as held:
+            with commands.refusals():
+                processes.check_same("--config", json.dumps(plain(config), sort_keys=True))
+                opened = processes.first(lambda: str(open_run(_WORKDIR.value, config, overrides)))
+                folder = pathlib.Path(opened)
+                held.enter_context(processes.only_writer(folder))
+            leave_on_sigterm()
+            profiling.enable(folder / "profile", _PROFILE.value)
+            say(f"{config.name}: run folder {folder}")
             getattr(importlib.import_module(module), function)(config, folder)
     except Preempted as stopped:
         say(stopped.message)
         raise  # SystemExit with a status of its own
+    except commands.Refused as error:
+        if verbose:
+            raise
+        raise app.UsageError(f"{error}\n(--verbosity=1 shows where)") from error
 
 
 if __name__ == "__main__":

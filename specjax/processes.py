@@ -109,6 +109,26 @@ def check_same(name: str, text: str) -> None:
         )
 
 
+def lock(folder: str | os.PathLike):
+    """The open file that holds a run folder until it is closed.
+
+    Raises:
+      ValueError: another run holds it.
+    """
+    file = open(pathlib.Path(folder) / ".lock", "a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "an unknown process"
+        file.close()
+        raise ValueError(f"{folder}: another run is writing here ({owner})") from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} of {os.uname().nodename}")
+    file.flush()
+    return file
+
+
 @contextlib.contextmanager
 def only_writer(folder: str | os.PathLike):
     """Holds a run folder for as long as the run lasts, so that no second run writes into it.
@@ -116,23 +136,8 @@ def only_writer(folder: str | os.PathLike):
     Raises:
       ValueError: another run holds it.
     """
-    path, held = pathlib.Path(folder) / ".lock", []
-
-    def lock():
-        file = open(path, "a+")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "an unknown process"
-            file.close()
-            raise ValueError(f"{folder}: another run is writing here ({owner})") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} of {os.uname().nodename}")
-        file.flush()
-        held.append(file)
-
-    first(lock)
+    held = []
+    first(lambda: held.append(lock(folder)))
     try:
         yield
     finally:

@@ -308,15 +308,23 @@ def test_a_published_preset_runs_on_local_files(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = read_results(tmp_path / "run" / "results.json")["rows"]
     assert {r["nodes"] for r in rows} == {1, 57} and len(rows) == 5
-    assert all(r["lossless"]["checked"] == 4 for r in rows)  # two prompts of two turns
+    # Two prompts of two turns; second ones are compared where the first were equal.
+    assert all(2 <= r["lossless"]["checked"] <= 4 for r in rows)
 
 
 @pytest.mark.slow
-def test_bad_configs_name_their_field():
+def test_bad_configs_name_their_field(tmp_path):
+    """Without a traceback, and with the run folder left for the corrected command."""
     unknown = run("--config.train.stepz=3")
     assert unknown.returncode == 2 and "stepz" in unknown.stderr
-    preset = subprocess.run(
-        [sys.executable, "-m", "experiments.main", "--config=configs/fasteagle.py:nope"],
-        cwd=ROOT, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert preset.returncode == 2 and "unknown preset 'nope'" in preset.stderr
+    workdir = f"--workdir={tmp_path}"
+    for arguments, words in (
+        (["--config=configs/fasteagle.py:nope"], "main: --config: fasteagle: unknown preset"),
+        ([workdir, "--config.eval.rule=tokens"], "eval.rule: 'tokens' is unknown"),
+        ([workdir, "--config.eval.tasks=('none.jsonl',)"], "none.jsonl: no such prompt file"),
+        ([workdir, "--config.seed=1"], "seed: 0 there, 1 now"),
+    ):
+        refused = run(*arguments)
+        assert refused.returncode == 2 and words in refused.stderr, refused.stderr
+        assert "Traceback" not in refused.stderr
+    assert "Traceback" in run(workdir, "--config.eval.rule=tokens", "--verbosity=1").stderr

@@ -10,6 +10,7 @@ import numpy as np
 from specjax import decoding
 from specjax.data.prompt_files import Prompt
 from specjax.data.templates import encode_chat, encode_prompt, turn_messages
+from specjax.evaluation.exactness import rounding_tie
 from specjax.evaluation.lossless import distribution_verdict, identical_verdict, lossy_verdict
 from specjax.evaluation.records import MethodRun, TurnRecord
 from specjax.evaluation.timing import RoundTimes, count_flops, time_round
@@ -205,16 +206,44 @@ def benchmark(
                         )
                     advance(len(group))
                 groups.append(rows)
-    reference = next(r.method.name for r in runners if r.method.drafter is None)
+    plain = next(r.method.name for r in runners if r.method.drafter is None)
+    reference = [
+        (prompt, turn.tokens) for prompt, turn in zip(asked[plain], records[plain], strict=True)
+    ]
     sampled = [groups[i] for i in np.linspace(0, len(groups) - 1, min(3, len(groups))).astype(int)]
     sampled = [g for g in sampled if len(g) == len(groups[0])]
     return [
         _method_run(
-            target, r, records[r.method.name], asked[r.method.name], records[reference],
+            target, r, records[r.method.name], asked[r.method.name], reference,
             r.round_costs(sampled, timing_repeats), protocol,
         )
         for r in runners
     ]  # fmt: skip
+
+
+def losslessness(
+    target: Target, drafter: TrainedDrafter | None, rule, sampling: Sampling, answers, reference
+) -> dict:
+    """The verdict on a method's answers, and under "tie" the logit gap that it leaves to rounding.
+
+    Args:
+      answers: (prompt ids, new tokens) of every turn.
+      reference: the same of plain decoding. At temperature 0 turns are compared whose prompts are
+        equal: a conversation that has parted asks its later turns after another text.
+    """
+    tie, _ = rounding_tie(target, drafter, [prompt for prompt, _ in reference])
+    if not rule.exact:
+        verdict = lossy_verdict(target, sampling, answers, tie)
+    elif sampling.greedy:
+        pairs = [
+            (prompt, plain, new)
+            for (prompt, new), (asked, plain) in zip(answers, reference, strict=True)
+            if prompt == asked
+        ]
+        verdict = identical_verdict(target, pairs, tie)
+    else:
+        verdict = distribution_verdict(target, sampling, answers, tie)
+    return verdict | {"tie": tie}
 
 
 def _method_run(target, runner, turns, asked, reference, costs, protocol) -> MethodRun:
@@ -222,13 +251,9 @@ def _method_run(target, runner, turns, asked, reference, costs, protocol) -> Met
     definition = engine.drafter
     times, (draft_flops, verify_flops) = costs
     answers = [(a, t.tokens) for a, t in zip(asked, turns, strict=True)]
-    if not engine.rule.exact:
-        verdict = lossy_verdict(target, protocol.sampling, answers)
-    elif protocol.sampling.greedy:
-        pairs = [(a, v.tokens, t.tokens) for a, v, t in zip(asked, reference, turns, strict=True)]
-        verdict = identical_verdict(target, pairs)
-    else:
-        verdict = distribution_verdict(target, protocol.sampling, answers)
+    verdict = losslessness(
+        target, method.drafter, engine.rule, protocol.sampling, answers, reference
+    )
     return MethodRun(
         method=method.name,
         task=protocol.task,

@@ -34,13 +34,22 @@ def calibrate(
     probe: TauProbe,
     label: str,
 ) -> list[Trial]:
-    """Measures every budget (fields of the drafter that change its tree), fastest first."""
+    """Measures every budget (fields of the drafter that change its tree), fastest first.
+
+    Raises:
+      ValueError: no answer to the probe's prompts has a second token, so there is no round.
+    """
     variants = [drafter.with_budget(**budget) for budget in budgets]
     contenders, taus = [], []
     with progress(f"calibrate {label}", len(budgets)) as advance:
         for variant in variants:
             engine, params = make_engine(target, variant)
             taus.append(probe(target, variant))
+            if taus[-1] is None:
+                raise ValueError(
+                    f"calibrate.prompts: every answer to these {len(probe.prompts)} ends after one "
+                    "token; take more prompts, or 0 for no calibration"
+                )
             contenders.append((engine, params, probe.start(engine, params, 0)))
             advance(note=f"tau {taus[-1]:.2f}")
     clocks = time_in_turns(contenders, repeats=15)

@@ -25,6 +25,7 @@ from specjax.models import transformer
 from specjax.models.target import Target
 from specjax.progress import progress
 from specjax.sampling import Sampling
+from specjax.sharding import fetch
 from specjax.trained import TrainedDrafter
 from specjax.verification import Rule
 
@@ -280,15 +281,15 @@ def row_noise(target: Target, sequences: Sequence[list[int]], rows: int) -> floa
         size = -(-len(ids) // rows) * rows
         tokens = np.zeros(size, np.int32)
         tokens[: len(ids)] = ids
-        whole = np.asarray(target.logits(tokens[None])[0, : len(ids)])
+        whole = fetch(target.logits(tokens[None])[0, : len(ids)])
         top = np.argsort(whole, axis=1)[:, -2:]
 
         def gap(logits, top=top):
-            pair = np.take_along_axis(np.asarray(logits)[: len(top)], top, axis=1)
+            pair = np.take_along_axis(fetch(logits)[: len(top)], top, axis=1)
             return pair[:, 1] - pair[:, 0]
 
         for count in {1, rows}:
-            chunked = _chunked_logits(target.params, target.config, count, jnp.asarray(tokens))
+            chunked = _chunked_logits(target.params, target.config, count, tokens)
             changes.append(gap(chunked) - gap(whole))
     return math.sqrt(float(np.mean(np.square(np.concatenate(changes)))))
 

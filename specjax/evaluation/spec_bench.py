@@ -1,8 +1,9 @@
 """Answer files in Spec-Bench's format, and comparing two of them.
 
-One JSON object a line, one line a question, sorted by question_id, so that Spec-Bench's own
-scripts read them. Where its format leaves a choice:
+One JSON object a line, one line a question, the tasks of a run in its order and each sorted by
+question_id, so that Spec-Bench's own scripts read them. Where its format leaves a choice:
 
+- `question_id` is the prompt file's. Where two tasks use the same one, all are "task/id".
 - `new_tokens` counts the tokens up to the stop token, the same counter for every method.
 - `accept_lengths` runs over the turns without the prefill's entry, for prefill verifies nothing:
   Spec-Bench's "mean accepted tokens" then equals tau in results.json, the list has as many entries
@@ -82,17 +83,26 @@ def answers_name(method: str, temperature: float) -> str:
 
 
 def write_answers(
-    path: str | os.PathLike, run: MethodRun, model_id: str, timestamp: float | None = None
+    path: str | os.PathLike,
+    runs: Sequence[MethodRun],
+    model_id: str,
+    timestamp: float | None = None,
 ) -> None:
-    """Write the answers of `run`, atomically. `timestamp` is in seconds, the present by default.
+    """Write the answers of one method's runs, a task each, atomically.
 
-    Raises OSError, naming the file, when it cannot be written.
+    `timestamp` is in seconds, the present by default. Raises OSError, naming the file, when it
+    cannot be written.
     """
     timestamp = time.time() if timestamp is None else timestamp
-    questions: dict = {}
-    for turn in sorted(run.turns, key=lambda turn: turn.turn):
-        questions.setdefault(turn.question_id, []).append(turn)
-    rows = [_answer_row(questions[key], model_id, timestamp) for key in _sorted_ids(questions)]
+    ids = [key for run in runs for key in {turn.question_id for turn in run.turns}]
+    rows = []
+    for run in runs:
+        questions: dict = {}
+        for turn in sorted(run.turns, key=lambda turn: turn.turn):
+            questions.setdefault(turn.question_id, []).append(turn)
+        for key in _sorted_ids(questions):
+            unique = key if len(set(ids)) == len(ids) else f"{run.task}/{key}"
+            rows.append(_answer_row(unique, questions[key], model_id, timestamp))
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -162,12 +172,12 @@ def speed(a: Sequence[dict], b: Sequence[dict], mode: str = "strict") -> Speed:
     return Speed(ours, base, ours / base, float(np.mean(accepted)) if accepted else 1.0)
 
 
-def _answer_row(turns: list[TurnRecord], model_id: str, timestamp: float) -> dict:
+def _answer_row(key: int | str, turns: list[TurnRecord], model_id: str, timestamp: float) -> dict:
     texts = [turn.text for turn in turns]
     return {
-        "question_id": turns[0].question_id,
+        "question_id": key,
         "category": turns[0].category,
-        "answer_id": _answer_id(model_id, turns[0].question_id, texts),
+        "answer_id": _answer_id(model_id, key, texts),
         "model_id": model_id,
         "choices": [
             {

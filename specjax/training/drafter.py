@@ -58,15 +58,15 @@ class TauProbe:
             slots=self.slots, length=self.length,
         )  # fmt: skip
 
-    def __call__(self, target: Target, drafter: TrainedDrafter) -> float:
-        """Tokens per round, prefill left out."""
+    def __call__(self, target: Target, drafter: TrainedDrafter) -> float | None:
+        """Tokens per round, prefill left out; None if every answer ends there."""
         engine, params = make_engine(target, drafter)
         rounds = []
         for index in range(len(self.prompts)):
             state = self.start(engine, params, index)
             _, accepts = collect(decoding.run_host(engine, params, state))
             rounds += accepts[0][1:]
-        return float(np.mean(rounds))
+        return float(np.mean(rounds)) if rounds else None
 
 
 def train_drafter(

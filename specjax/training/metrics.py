@@ -2,11 +2,27 @@
 
 import atexit
 import json
+import math
 import pathlib
 import time
 
 from specjax.files import write_text
 from specjax.processes import is_first
+from specjax.training.progress import say
+
+
+def finite(value):
+    """`value` with None for NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def line(row: dict) -> str:
+    """One line of the file."""
+    return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
 class MetricsLog:
@@ -50,17 +66,22 @@ class MetricsLog:
         """Forgets rows of `stage` past `step` (and an unfinished line). Raises as `rows`."""
         keep = [r for r in self.rows() if r.get("stage") != stage or r.get("step", 0) <= step]
         if is_first() and self.path.is_file():
-            write_text(self.path, "".join(json.dumps(r) + "\n" for r in keep))
+            write_text(self.path, "".join(map(line, keep)))
         if is_first() and self.mirror is not None:
             self.mirror.restart(stage, [r for r in keep if r.get("stage") == stage])
 
     def write(self, stage: str, step: int, **values):
-        """One row; values are plain numbers, strings or lists of them."""
+        """One row; values are plain numbers, strings, None or lists of them.
+
+        A number that is not finite is written as null, and said.
+        """
         if not is_first():
             return
-        row = {"step": step, "stage": stage, "time": round(time.time(), 3)} | values
+        row = finite({"step": step, "stage": stage, "time": round(time.time(), 3)} | values)
+        if lost := [k for k, v in values.items() if json.dumps(v) != json.dumps(row[k])]:
+            say(f"{stage}: step {step}: not finite, written as null: {', '.join(lost)}")
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(line(row))
         if self.mirror is not None:
             self.mirror.write(row)
 

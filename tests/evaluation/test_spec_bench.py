@@ -20,7 +20,7 @@ def answers(tmp_path, make_run):
 
     def make(turns, name="answers"):
         path = tmp_path / f"{name}.jsonl"
-        write_answers(path, make_run(turns), "specjax-fasteagle-temp-0.0", timestamp=1.79e9)
+        write_answers(path, [make_run(turns)], "specjax-fasteagle-temp-0.0", timestamp=1.79e9)
         return read_answers(path)
 
     return make
@@ -56,6 +56,23 @@ def test_rows_are_sorted_and_stable(tmp_path, answers, make_turn):
     assert answers([make_turn(question) for question in (1, 9, 10, 100)]) == rows
     assert (tmp_path / "answers.jsonl").read_text().count("\n") == 4
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("second, ids", [
+    ((10, 4, 7), [2, 3, 4, 7, 10]),  # own ids keep their numbers, tasks in the run's order
+    ((10, 4, 2), ["b/2", "b/3", "a/2", "a/4", "a/10"]),
+])  # fmt: skip
+def test_tasks_share_a_file_and_no_id(tmp_path, make_run, make_turn, second, ids):
+    runs = [
+        make_run([make_turn(i, tokens=range(9), accept_lengths=(1, 8)) for i in (3, 2)], task="b",
+                 depth=7),
+        make_run([make_turn(i) for i in second], task="a"),
+    ]  # fmt: skip
+    write_answers(tmp_path / "x.jsonl", runs, "m", timestamp=0.0)
+    rows = read_answers(tmp_path / "x.jsonl")
+    assert [row["question_id"] for row in rows] == ids
+    assert [row["choices"][0]["new_tokens"] for row in rows] == [[9], [9], [6], [6], [6]]
+    assert len({row["answer_id"] for row in rows}) == 5
 
 
 @pytest.mark.parametrize("seed", range(5))

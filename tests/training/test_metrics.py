@@ -1,12 +1,17 @@
 """What TensorBoard is shown is what metrics.jsonl holds, resumed runs included."""
 
+import json
 import struct
 import sys
 
 import numpy as np
 import pytest
+from toys import toy_target
 
+import specjax
+from specjax.evaluation.calibrate import calibrate
 from specjax.training import metrics
+from specjax.training.drafter import TauProbe
 from specjax.training.metrics import MetricsLog
 
 
@@ -47,6 +52,22 @@ def write(log, steps, scale=1.0):
         log.write("train/b", step, loss=2 * scale / step, tau=1.5)
 
 
+def test_what_is_not_finite_is_null_and_said(tmp_path, capsys):
+    """JSON has neither NaN nor infinity; rows of older files that hold them are mended too."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "stage": "a", "tau": NaN}\n')
+    log = MetricsLog(path)
+    log.rewind("a", 1)
+    log.write("a", 2, loss=float("inf"), tau=None, by_depth=[0.5, float("nan")])
+    rows = [json.loads(text, parse_constant=pytest.fail) for text in path.read_text().splitlines()]
+    rows[1].pop("time")
+    assert rows == [
+        {"step": 1, "stage": "a", "tau": None},
+        {"step": 2, "stage": "a", "loss": None, "tau": None, "by_depth": [0.5, None]},
+    ]  # fmt: skip
+    assert "a: step 2: not finite, written as null: loss, by_depth\n" in capsys.readouterr().out
+
+
 def test_tensorboard_shows_what_the_log_holds(tmp_path):
     pytest.importorskip("tensorboardX")
     log = MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)
@@ -81,3 +102,14 @@ def test_a_missing_tensorboard_is_named_with_its_extra(tmp_path, monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"config.tensorboard.*specjax\[tensorboard\]"):
         MetricsLog(tmp_path / "metrics.jsonl", tensorboard=True)
     MetricsLog(tmp_path / "metrics.jsonl").write("a", 1, loss=1.0)  # not needed, not asked for
+
+
+def test_no_round_is_no_tau():
+    """An answer of one token is prefill's: neither probe nor calibration makes a number of it."""
+    target = toy_target()
+    drafter = specjax.init_drafter("prompt_lookup", target)
+    probe = TauProbe([[1, 2, 3]], max_new_tokens=1)
+    assert probe(target, drafter) is None
+    assert TauProbe([[1, 2, 3]], max_new_tokens=4)(target, drafter) >= 1
+    with pytest.raises(ValueError, match="calibrate.prompts: every answer to these 1 ends after"):
+        calibrate(target, drafter, [{}], probe, "x")

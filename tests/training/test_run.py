@@ -18,8 +18,9 @@ from specjax.distillation.deepkd import STREAMS, DeepKD, deepkd_trace
 from specjax.distillation.gsnr import probe_gsnr
 from specjax.drafters import DRAFTERS
 from specjax.models.config import ModelConfig
+from specjax.processes import lock
 from specjax.training.optimizers import make_optimizer
-from specjax.training.run import open_run
+from specjax.training.run import open_run, plain
 from specjax.training.state import create
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -41,8 +42,53 @@ def test_a_folder_of_another_config_is_refused_by_field(tmp_path):
     config.train.steps = 7
     open_run(str(tmp_path), config)
     config.train.steps = 8
-    with pytest.raises(ValueError, match="another config's run.*train.steps: 7 there, 8 now"):
+    with pytest.raises(ValueError, match="another config's run.*:\n  train.steps: 7 there, 8 now$"):
         open_run(str(tmp_path), config)
+
+
+def test_what_one_config_lacks_is_one_line(tmp_path):
+    open_run(str(tmp_path), fasteagle.get_config("smoke"))
+    config = fasteagle.get_config("smoke")
+    del config.drafters["eagle3"]
+    config.drafters.more = config.drafters.fasteagle
+    with pytest.raises(ValueError) as refusal:
+        open_run(str(tmp_path), config)
+    fields = str(refusal.value).splitlines()[1:]
+    assert fields == ["  drafters.eagle3: only there", "  drafters.more: only now"]
+
+
+@pytest.mark.parametrize("made, free, bound", [
+    # what is in the folder, what may be corrected, what may not
+    ((), {"eval.rule": "match", "eval.max_prompt_tokens": 9}, {"train.steps": 8}),
+    (("data", "checkpoints", "metrics.jsonl"), {"eval.batch": 2, "eval.temperatures": (0.5,)},
+     {"eval.max_prompt_tokens": 9, "eval.prompts": 3}),
+    (("drafters", "answers"), {}, {"eval.rule": "match", "eval.batch": 2}),
+    (("results.json",), {}, {"eval.repeats": 2}),
+])  # fmt: skip
+def test_eval_may_be_corrected_until_something_depends_on_it(tmp_path, made, free, bound):
+    def changed(**fields):
+        config = fasteagle.get_config("smoke")
+        config.update_from_flattened_dict(fields)
+        return config
+
+    open_run(str(tmp_path), changed())
+    for name in made:
+        (tmp_path / name).touch()
+    before = (tmp_path / "config.json").read_text()
+    for field, value in bound.items():
+        with pytest.raises(ValueError, match=f"\n  {field}: .* there, "):
+            open_run(str(tmp_path), changed(**free, **{field: value}))
+        assert (tmp_path / "config.json").read_text() == before
+    with lock(tmp_path):  # a run that is at it keeps its config
+        open_run(str(tmp_path), changed())
+        if free:
+            with pytest.raises(ValueError, match="another run is writing here"):
+                open_run(str(tmp_path), changed(**free))
+        assert (tmp_path / "config.json").read_text() == before
+    open_run(str(tmp_path), changed(**free), free)
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert record["config"] == plain(changed(**free))
+    assert not free or record["overrides"] == plain(free)
 
 
 def test_a_folder_with_a_broken_config_is_refused(tmp_path):
