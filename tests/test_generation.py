@@ -111,6 +111,24 @@ def test_stop_tokens(target, endless):
     assert out == specjax.generate(target, PROMPTS, max_new_tokens=12)  # the config's own
 
 
+def test_the_config_s_own_end_may_lie_outside_the_vocabulary(target):
+    config = target.config.replace(eos_token_ids=(EOS, 999))
+    wider = dataclasses.replace(target, config=config)
+    out = specjax.generate(wider, PROMPTS, max_new_tokens=12)
+    assert out == specjax.generate(target, PROMPTS, max_new_tokens=12)
+
+
+def test_a_limit_past_the_context_costs_no_slots(target, drafter, endless):
+    """Neither memory nor another program: what fits the context decides."""
+    engine, params = generation.make_engine(target, drafter)
+    slots = [generation.start(engine, params, PROMPTS, n).cache.slots for n in (13, 100_000, 2**40)]
+    assert slots == [64, 64, 64]
+    out = specjax.generate(target, PROMPTS, drafter, 2**40)
+    assert out.tokens == expected(endless, CONTEXT, (EOS,))
+    # What fits is counted as it was.
+    assert generation.cache_slots(engine, 9, 13) == -(-(22 + engine.scratch) // 64) * 64
+
+
 def test_a_string_is_its_ids_with_special_tokens(target, endless):
     assert PROMPTS[1] == [Tokenizer.bos, 3, 4]
     out = specjax.generate(target, [PROMPTS[0], "three four", [3, 4], PROMPTS[3]], max_new_tokens=9)
@@ -166,6 +184,10 @@ def test_buckets():
         ([[1], [1] * CONTEXT], rf"prompts\[1\]: {CONTEXT} tokens.*context of {CONTEXT}"),
         ([[1], [2, 12]], r"prompts\[1\]: token 12 .*vocabulary of 12"),
         ([[-1]], r"prompts\[0\]: token -1 .*vocabulary"),
+        ([1, 2, 3], r"prompts\[0\]: 1 is not .*one prompt of ids is \[\[1, 2\]\]"),
+        ([[1], None], r"prompts\[1\]: None is not a string"),
+        ([["a", "b"]], r"prompts\[0\]: 'a' is not a token id"),
+        ([[1.9, 2.9]], r"prompts\[0\]: 1.9 is not a token id"),
     ],
 )
 def test_bad_prompts_are_named(target, prompts, match):
@@ -187,11 +209,44 @@ def test_bad_prompts_are_named(target, prompts, match):
         (dict(temperature=1.0, top_k=-1), "top_k: -1"),
         (dict(rule="mtach"), "rule: 'mtach' is unknown.*match"),
         (dict(temperature=1.0, rule="greedy"), "rule 'greedy'.*temperature 0"),
+        (dict(stop_tokens=["</s>"]), r"stop_tokens\[0\]: '</s>' is not a token id"),
+        (dict(stop_tokens="</s>"), r"stop_tokens\[0\]: '<' is not a token id"),
+        (dict(stop_tokens=[3, 12]), r"stop_tokens\[1\]: token 12 .*vocabulary of 12"),
+        (dict(stop_tokens=[-1]), r"stop_tokens\[0\]: token -1 "),
+        (dict(stop_tokens=[2.0]), r"stop_tokens\[0\]: 2.0 is not a token id"),
+        (dict(stop_tokens=[[2]]), r"^stop_tokens\[0\]: \[2\] is not a token id$"),
+        (dict(stop_tokens=5), "stop_tokens: 5 is not a list"),
+        (dict(seed=2**40), "seed: 1099511627776 "),
+        (dict(seed=-1), "seed: -1 "),
+        (dict(seed=0.5), "seed: 0.5 is not a whole number"),
+        (dict(drafter="prompt_lookup"), "drafter: 'prompt_lookup'.*init_drafter or load_drafter"),
     ],
 )
 def test_bad_settings_are_named(target, options, match):
     with pytest.raises(ValueError, match=match):
         specjax.generate(target, PROMPTS, **options)
+
+
+@pytest.mark.parametrize(
+    "tokens, match",
+    [
+        ([1, 2, 3], r"tokens: .*\[\[1, 2\]\] is one row.*shape \(3,\)"),
+        ([[1, 2], [3]], "tokens: rows of one length"),
+        ([[1, 12]], "tokens: 12 is outside the vocabulary of 12"),
+        ([[1, -1]], "tokens: -1 is outside"),
+        ([[1.5, 2.0]], "tokens: .*not float64"),
+        (jnp.ones(3, jnp.int32), r"tokens: .*shape \(3,\)"),
+    ],
+)
+def test_bad_tokens_are_named(target, tokens, match):
+    with pytest.raises(ValueError, match=match):
+        target.logits(tokens)
+
+
+def test_logits_can_be_traced(target):
+    tokens = np.array([[1, 2, 3]])
+    traced = jax.jit(lambda t: target.logits(t))(tokens)
+    np.testing.assert_allclose(traced, target.logits(tokens), atol=1e-5)
 
 
 def test_a_drafter_of_another_target_is_refused(drafter):

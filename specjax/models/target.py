@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specjax import sharding
 from specjax.models import transformer
@@ -35,8 +36,27 @@ class Target:
     mesh: jax.sharding.Mesh | None = None
 
     def logits(self, tokens_BxT):
-        """Next-token logits BxTxV (float32) of plain causal decoding; tokens are int ids."""
-        return _logits(self.params, self.config, jnp.asarray(tokens_BxT, jnp.int32))
+        """Next-token logits BxTxV (float32) of plain causal decoding; tokens are int ids.
+
+        Raises:
+          ValueError: not rows of whole numbers, or ids outside the vocabulary. Ids that are on a
+            device already, or traced, are not looked at.
+        """
+        tokens, V = tokens_BxT, self.config.vocab_size
+        if not isinstance(tokens, jax.Array):
+            try:
+                tokens = np.asarray(tokens)
+            except ValueError as error:
+                raise ValueError(f"tokens: rows of one length are expected: {error}") from None
+            if tokens.dtype.kind in "iu" and np.any((tokens < 0) | (tokens >= V)):
+                outside = tokens[(tokens < 0) | (tokens >= V)][0]
+                raise ValueError(f"tokens: {outside} is outside the vocabulary of {V}")
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: BxT token ids are expected ([[1, 2]] is one row), not {tokens.dtype} of "
+                f"shape {tokens.shape}"
+            )
+        return _logits(self.params, self.config, jnp.asarray(tokens, jnp.int32))
 
     @property
     def num_params(self) -> int:
