@@ -19,7 +19,7 @@ import numpy as np
 from specjax.cache import KVCache, causal_cache_mask, compact, empty_cache, tree_cache_mask
 from specjax.drafters.base import Committed, Context, Drafter, Scored
 from specjax.models.config import ModelConfig
-from specjax.models.transformer import forward, logits_of
+from specjax.models.transformer import forward, is_stacked, logits_of
 from specjax.sampling import Sampling, draw
 from specjax.sharding import DecodeLayout
 from specjax.trees import DraftTree, visible_from_parents
@@ -198,9 +198,8 @@ def _run_prompt(config: ModelConfig, taps, target, cache: KVCache, tokens_BxP, c
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
 def _prefill_target(config: ModelConfig, taps, target, tokens_BxP, prompts_B, slots: int):
     """The target over padded prompts: (cache, logits_BxV after each prompt, taps or None)."""
-    stacked = not isinstance(target["layers"], (list, tuple))
     dtype, B = target["embed"].dtype, tokens_BxP.shape[0]
-    cache = empty_cache(config, B, slots, dtype, stacked=stacked)
+    cache = empty_cache(config, B, slots, dtype, stacked=is_stacked(target))
     return _run_prompt(config, taps, target, cache, tokens_BxP, prompts_B)
 
 

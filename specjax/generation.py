@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import decoding
-from specjax.drafters import Vanilla
+from specjax.drafters import Drafter, Vanilla
 from specjax.models.target import Target
 from specjax.sampling import GREEDY, Sampling, seed_key
 from specjax.sharding import DecodeLayout, fetch
@@ -94,6 +94,24 @@ def _token(value, target: Target, field: str) -> int:
     return token
 
 
+def settled(definition: Drafter, sampling: Sampling, rule: str | Rule | None = None):
+    """(the drafter drawing its tokens as the rule needs them, the rule).
+
+    Args:
+      rule: None (the drafter's default), a name or a rule; exact ones are greedy at temperature 0.
+
+    Raises:
+      ValueError: an unknown rule.
+    """
+    if rule is None:
+        rule = definition.default_rule
+    if isinstance(rule, str):
+        rule = get_rule(rule)
+    if sampling.greedy and rule.exact:
+        rule = get_rule("greedy")
+    return definition.drawn(rule.draws, sampling), rule
+
+
 def make_engine(
     target: Target,
     drafter: TrainedDrafter | None,
@@ -117,13 +135,7 @@ def make_engine(
             f"drafter {drafter.name!r} was made for another target (fingerprint "
             f"{drafter.fingerprint}, {target.name} has {target.fingerprint})"
         )
-    if rule is None:
-        rule = definition.default_rule
-    if isinstance(rule, str):
-        rule = get_rule(rule)
-    if sampling.greedy and rule.exact:
-        rule = get_rule("greedy")  # every exact rule is greedy at temperature 0
-    definition = definition.drawn(rule.draws, sampling)
+    definition, rule = settled(definition, sampling, rule)
     stops = target.config.eos_token_ids
     if stop_tokens is not None:
         given = enumerate(_list(stop_tokens, "stop_tokens", "a list of token ids"))

@@ -12,7 +12,7 @@ import numpy as np
 
 from specjax.decoding import DecodeState
 from specjax.drafters import DRAFTERS, Drafter
-from specjax.drafters.base import split_buffers
+from specjax.drafters.base import join_buffers, split_buffers
 from specjax.files import write_safetensors, write_text
 from specjax.interchange import import_drafter, is_foreign
 from specjax.models.config import ModelConfig, read_json
@@ -40,9 +40,8 @@ class TrainedDrafter:
 
     def on(self, mesh, rules: Rules | None = None) -> "TrainedDrafter":
         """The same parameters laid out on a mesh, by its own rules where none are given."""
-        rules = (*self.definition.partition, *MODEL_RULES) if rules is None else rules
-        params = place(self.params, shardings(mesh, self.params, rules))
-        return dataclasses.replace(self, params=params)
+        layout = _layout(self.definition, mesh, self.params, rules)
+        return dataclasses.replace(self, params=place(self.params, layout))
 
     def with_budget(self, **changes) -> "TrainedDrafter":
         """The same parameters drafting another tree (depth, candidates, nodes)."""
@@ -76,9 +75,29 @@ def _family(name: str) -> type[Drafter]:
     return DRAFTERS[name]
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _init(definition: Drafter, key, target_params):
-    return definition.init(key, target_params)
+def _layout(definition: Drafter, mesh, params, rules: Rules | None = None):
+    """Shardings of a drafter's parameters (arrays or shapes); its own rules if none are given."""
+    rules = (*definition.partition, *MODEL_RULES) if rules is None else rules
+    return shardings(mesh, params, rules)
+
+
+def _fresh(definition: Drafter, key, target_params, vocab_ids_W):
+    params = definition.init(key, target_params)
+    if vocab_ids_W is not None:
+        params, buffers = split_buffers(params)
+        params = join_buffers(params, buffers | {"vocab_ids": vocab_ids_W})
+        if "head" in params:
+            params["head"] = definition.init_head(target_params, vocab_ids_W)
+    return params
+
+
+def _init(definition: Drafter, target: Target, seed: int, vocab_ids_W=None):
+    """Fresh parameters where they are to lie: on a mesh, no device ever holds them whole."""
+    args, layout = (jax.random.key(seed), target.params, vocab_ids_W), None
+    if target.mesh is not None:
+        shapes = jax.eval_shape(functools.partial(_fresh, definition), *args)
+        layout = _layout(definition, target.mesh, shapes)
+    return jax.jit(_fresh, static_argnums=0, out_shardings=layout)(definition, *args)
 
 
 def init_drafter(
@@ -91,7 +110,7 @@ def init_drafter(
       target: the model it drafts for.
       seed: of the random initial weights.
       vocab_ids: target ids of the draft vocabulary, where `draft_vocab_size` asks for one
-        (default: the lowest ids).
+        (default: the lowest ids); a model read from a folder has none.
       **config: fields of the drafter's dataclass, or for a family with a model of its own
         `folder`, from which it is read.
 
@@ -99,30 +118,30 @@ def init_drafter(
       ValueError: unknown name or field, or a value out of range (names the field).
     """
     if "folder" in config:
+        if vocab_ids is not None:
+            raise ValueError("vocab_ids: a model that is read from a folder keeps its vocabulary")
         fields, params = _family(name).load(target, config.pop("folder"))
         definition = _family(name).of(target.config, config | fields)
         like = jax.eval_shape(lambda p: definition.init(jax.random.key(0), p), target.params)
         if "buffers" in like:  # what a folder's model does not have
-            fresh = _init(definition, jax.random.key(seed), target.params)
-            params = params | {"buffers": fresh["buffers"]}
-        return _beside(target, TrainedDrafter(definition, params, target.fingerprint))
+            params = params | {"buffers": _init(definition, target, seed)["buffers"]}
+        return _beside(target, definition, params)
     definition = _family(name).of(target.config, config)
-    params = _init(definition, jax.random.key(seed), target.params)
     if vocab_ids is not None:
-        ids = np.sort(np.asarray(vocab_ids, np.int32))
-        if ids.shape != (definition.draft_vocab_size,) or len(np.unique(ids)) != len(ids):
+        vocab_ids = np.sort(np.asarray(vocab_ids, np.int32))
+        size = getattr(definition, "draft_vocab_size", 0)
+        if vocab_ids.shape != (size,) or len(np.unique(vocab_ids)) != size:
             raise ValueError(
-                f"vocab_ids: {ids.shape} distinct ids do not fit draft_vocab_size "
-                f"{definition.draft_vocab_size}"
+                f"vocab_ids: {vocab_ids.shape} distinct ids do not fit draft_vocab_size {size}"
             )
-        buffers = params.get("buffers", {}) | {"vocab_ids": jnp.asarray(ids)}
-        params = params | {"buffers": buffers}
-        if "head" in params:
-            params["head"] = definition.init_head(target.params, params["buffers"]["vocab_ids"])
-    return _beside(target, TrainedDrafter(definition, params, target.fingerprint))
+    return _beside(target, definition, _init(definition, target, seed, vocab_ids))
 
 
-def _beside(target: Target, drafter: TrainedDrafter) -> TrainedDrafter:
+def _beside(target: Target, definition: Drafter, params) -> TrainedDrafter:
+    """The drafter, its arrays (of the host or of devices) laid out where the target's are."""
+    if target.mesh is None:
+        params = jax.tree.map(jnp.asarray, params)
+    drafter = TrainedDrafter(definition, params, target.fingerprint)
     return drafter if target.mesh is None else drafter.on(target.mesh)
 
 
@@ -139,7 +158,7 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
         raise FileNotFoundError(f"{path}: missing; a drafter folder has one")
     record = read_json(path)
     if is_foreign(record):
-        return TrainedDrafter(*import_drafter(folder, record, target), target.fingerprint)
+        return _beside(target, *import_drafter(folder, record, target))
     try:
         name = record["algorithm"]
         fields = dict(record["drafter"])
@@ -162,7 +181,6 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
         integer = jnp.issubdtype(leaf.dtype, jnp.integer)
         dtypes = (leaf.dtype.name,) if integer else WEIGHT_DTYPES
         array = checkpoint.read(path_of(keys).replace("/", "."), leaf.shape, dtypes)
-        return jnp.asarray(array, leaf.dtype)
+        return array.astype(leaf.dtype)
 
-    params = jax.tree_util.tree_map_with_path(read, like)
-    return _beside(target, TrainedDrafter(definition, params, target.fingerprint))
+    return _beside(target, definition, jax.tree_util.tree_map_with_path(read, like))

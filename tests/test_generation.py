@@ -274,3 +274,10 @@ def test_vocab_ids_must_be_as_many_as_the_draft_vocabulary(target, ids):
         specjax.init_drafter(
             "fasteagle", target, num_layers=2, draft_vocab_size=4, vocab_ids=np.array(ids)
         )
+
+
+@pytest.mark.parametrize("fields", [{}, {"folder": "nowhere"}], ids=str)
+def test_vocab_ids_without_a_draft_vocabulary_are_refused(target, fields):
+    name = "draft_model" if fields else "prompt_lookup"
+    with pytest.raises(ValueError, match="vocab_ids"):
+        specjax.init_drafter(name, target, vocab_ids=[1, 2], **fields)

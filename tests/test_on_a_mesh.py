@@ -150,6 +150,36 @@ def test_decoding(name, fields, rules):
     assert specjax.generation.collect(state)[0] == plain()
 
 
+@pytest.mark.parametrize(
+    "name, fields, words",
+    [
+        ("eagle3", dict(steps=2, draft_vocab_size=16), np.arange(1, 64, 4)),
+        ("draft_model", dict(num_layers=1, stop="specdec"), None),
+    ],
+    ids=str,
+)
+def test_drafters_are_made_and_loaded_where_they_lie(name, fields, words, tmp_path, monkeypatch):
+    """By the rules from the start: no device holds them whole, and the values are one device's."""
+    target = spread((2, 2, 2))
+    one = specjax.init_drafter(name, whole(), 1, words, **fields)
+    one.save(tmp_path)
+    placed = []
+    monkeypatch.setattr("specjax.trained.place", lambda tree, layout: placed.append(tree) or tree)
+    made = specjax.init_drafter(name, target, 1, words, **fields).params
+    specjax.load_drafter(tmp_path, target)
+    read = placed.pop()
+    assert all(isinstance(w, np.ndarray) for w in jax.tree.leaves(read))  # never on one device
+    monkeypatch.undo()
+    loaded = specjax.load_drafter(tmp_path, target).params
+    rules = (*one.definition.partition, *sharding.MODEL_RULES)
+    layout = sharding.shardings(target.mesh, one.params, rules)
+    for params in (made, loaded):
+        fits = jax.tree.map(lambda w, s: w.sharding.is_equivalent_to(s, w.ndim), params, layout)
+        assert jax.tree.all(fits), fits
+        close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)  # noqa: E731
+        jax.tree.map(close, sharding.fetch(params), sharding.fetch(one.params))
+
+
 @functools.cache
 def plain():
     return specjax.generate(whole(), PROMPTS, max_new_tokens=12, stop_tokens=()).tokens

@@ -84,7 +84,7 @@ class Drafter:
     @property
     def nodes(self) -> int:
         """T: rows the target verifies each round, root included."""
-        raise NotImplementedError
+        return self.topology.nodes
 
     @property
     def depth(self) -> int:
@@ -113,13 +113,17 @@ class Drafter:
         Raises:
           ValueError: a field that it does not have, or a value out of range (names the field).
         """
+        cls._check_fields(config)
+        return cls(target, **{k: _field(v) for k, v in config.items()})
+
+    @classmethod
+    def _check_fields(cls, names) -> None:
         fields = {f.name for f in dataclasses.fields(cls)} - {"target", "proposal"}
-        unknown = sorted(set(config) - fields)
+        unknown = sorted(set(names) - fields)
         if unknown:
             raise ValueError(
                 f"drafter {cls.name!r} has no field {unknown[0]!r}; it has {sorted(fields)}"
             )
-        return cls(target, **{k: _field(v) for k, v in config.items()})
 
     def plain(self) -> dict[str, Any]:
         """Its configuration as JSON can hold it; the target's is kept apart."""
@@ -178,7 +182,12 @@ class Drafter:
         return self
 
     def with_budget(self, **changes) -> "Drafter":
-        """The same drafter (same parameters) with another tree."""
+        """The same drafter (same parameters) with another tree.
+
+        Raises:
+          ValueError: a field that it does not have, or a value out of range (names the field).
+        """
+        self._check_fields(changes)
         return dataclasses.replace(self, **changes)
 
 
@@ -194,10 +203,6 @@ class Vanilla(Drafter):
 
     name: ClassVar[str] = "vanilla"
     proposals: ClassVar[tuple[str, ...]] = KINDS  # it draws nothing
-
-    @property
-    def nodes(self) -> int:
-        return 1
 
     @property
     def depth(self) -> int:

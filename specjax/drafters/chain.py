@@ -82,10 +82,6 @@ class ChainDrafter(LearnedDrafter):
         return self.draft_depth
 
     @property
-    def nodes(self) -> int:
-        return self.depth + 1
-
-    @property
     def topology(self) -> Topology:
         return chain(self.depth)
 

@@ -5,6 +5,7 @@ do; without one, a shallow model of the target's family is made and distilled li
 """
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -18,6 +19,7 @@ from specjax.models.config import ModelConfig, read_config
 from specjax.models.hf import load_params
 from specjax.models.target import resolve_folder
 from specjax.models.transformer import forward, head_VxD, init_params
+from specjax.sharding import leaf_sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +67,9 @@ class DraftModel(ChainDrafter):
         if target.tokenizer is not None and (folder / "tokenizer.json").is_file():
             if load_tokenizer(folder).get_vocab() != target.tokenizer.get_vocab():
                 raise ValueError(f"{folder / 'tokenizer.json'}: not the target's vocabulary")
-        return {"own_model": model}, load_params(folder, model, target.params["embed"].dtype)
+        at = None if target.mesh is None else functools.partial(leaf_sharding, target.mesh)
+        params = load_params(folder, model, target.params["embed"].dtype, at)
+        return {"own_model": model}, params
 
     def init(self, key, target_params):
         """A fresh model; embedding and head start from the target's where they fit."""

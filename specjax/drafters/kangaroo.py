@@ -28,7 +28,14 @@ from specjax.drafters.chain import ChainDrafter
 from specjax.models.config import ModelConfig
 from specjax.models.layers import Attention, Layer, RMSNorm
 from specjax.models.rope import rope_tables
-from specjax.models.transformer import embedded, head_VxD, make_block, precision_of, unstack_layers
+from specjax.models.transformer import (
+    embedded,
+    head_VxD,
+    is_stacked,
+    make_block,
+    precision_of,
+    unstack_layers,
+)
 
 
 class Adapter(Layer):
@@ -84,7 +91,7 @@ class Kangaroo(ChainDrafter):
         E, start_B = self.exit_layer, None if cache is None else cache.lengths_B
         kvs = [None] * (E + 1) if cache is None else list(zip(cache.k, cache.v, strict=True))
         rope, block = rope_tables(self.target, positions_BxT), make_block(self.target)
-        if not isinstance(target_params["layers"], (list, tuple)):
+        if is_stacked(target_params):
             target_params = unstack_layers(target_params)
         with jax.named_scope("early_layers"), precision_of(target_params):
             x = embedded(target_params, tokens_BxT)

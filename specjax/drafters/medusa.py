@@ -127,10 +127,6 @@ class Medusa(ParallelDrafter):
         return np.array([path[-1] for path in self._tree])
 
     @property
-    def nodes(self) -> int:
-        return self.topology.nodes
-
-    @property
     def taps(self) -> tuple[int, ...]:
         return (self.target.num_layers,)  # the LM head's input
 

@@ -92,7 +92,3 @@ class BackboneDrafter(ParallelDrafter):
         if self.proposal.kind == "chains":
             return chains(self.candidates, self.depth)
         return backbone(self.depth, self.candidates)
-
-    @property
-    def nodes(self) -> int:
-        return self.depth * self.candidates + 1

@@ -48,10 +48,6 @@ class PromptLookup(Drafter):
         return self.draft_depth
 
     @property
-    def nodes(self) -> int:
-        return self.depth + 1
-
-    @property
     def topology(self) -> Topology:
         return chain(self.depth)
 

@@ -97,7 +97,7 @@ class Rasd(Drafter):
             raise ValueError("inner_options: there is no inner drafter")
         if inner_options:
             changes["inner"] = self._drafter.with_budget(**inner_options)
-        return dataclasses.replace(self, **changes)
+        return super().with_budget(**changes)
 
     # ---- shape -----------------------------------------------------------------------------------
 

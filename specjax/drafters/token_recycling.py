@@ -61,10 +61,6 @@ class TokenRecycling(Drafter):
         return _template(self.tree_nodes, self.successors)
 
     @property
-    def nodes(self) -> int:
-        return self.tree_nodes + 1
-
-    @property
     def depth(self) -> int:
         return self.topology.max_depth
 

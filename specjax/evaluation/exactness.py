@@ -257,8 +257,7 @@ def outcome(checks: Sequence[Check], settings: Settings, tie: float) -> dict:
 def _chunked_logits(params, config, rows: int, tokens_S):
     """SxV: logits of a sequence put through the cache `rows` rows at a time."""
     S = tokens_S.shape[0]
-    stacked = not isinstance(params["layers"], (list, tuple))
-    cache = empty_cache(config, 1, S, params["embed"].dtype, stacked=stacked)
+    cache = empty_cache(config, 1, S, params["embed"].dtype, stacked=transformer.is_stacked(params))
 
     def step(cache, chunk_R):
         at_R = cache.lengths_B[:, None] + jnp.arange(rows)

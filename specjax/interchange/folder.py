@@ -127,14 +127,14 @@ class Tensors(Checkpoint):
     def read_layer(
         self, prefix: str, config: ModelConfig, in_dim: int | None = None, outputs: int = 1
     ) -> dict[str, Any]:
-        """One layer's parameters from the tensors below `prefix`; see `hf.layer_shapes`."""
+        """One layer's parameters, on the host, from tensors below `prefix`; see `layer_shapes`."""
         shapes, layer = layer_shapes(config, in_dim, outputs), {}
         for keys in layer_paths(config):
             form, node = LAYER_WEIGHTS[keys], layer
             for key in keys[:-1]:
                 node = node.setdefault(key, {})
             parts = (self.read(prefix + name, shapes[name]) for name in form.names)
-            node[keys[-1]] = form.fuse(config, *parts)
+            node[keys[-1]] = np.asarray(form.fuse(config, *parts))
         return layer
 
     def finish(self) -> None:
@@ -165,12 +165,12 @@ def check_embedding(tensors: Tensors, target: Target) -> None:
 
 
 def as_params(tree):
-    """Host arrays -> parameters: weights in float32, integers as they are."""
+    """Parameters as read, still on the host: weights in float32, integers as they are."""
 
-    def place(w):
-        return jnp.asarray(w) if np.issubdtype(w.dtype, np.integer) else jnp.asarray(w, jnp.float32)
+    def cast(w):
+        return w if np.issubdtype(w.dtype, np.integer) else np.asarray(w, np.float32)
 
-    return jax.tree.map(place, tree)
+    return jax.tree.map(cast, tree)
 
 
 def verifier_section(target: ModelConfig, verifier: str | None) -> dict[str, Any]:

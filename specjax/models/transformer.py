@@ -64,6 +64,11 @@ def stack_layers(params):
     return params | {"layers": jax.tree.map(lambda *w: jnp.stack(w), *params["layers"])}
 
 
+def is_stacked(params) -> bool:
+    """Whether the layers are one stacked layer, to be scanned."""
+    return not isinstance(params["layers"], (list, tuple))
+
+
 def unstack_layers(params):
     """The inverse of `stack_layers`."""
     layers = params["layers"]
@@ -165,10 +170,8 @@ def forward(
     with precision_of(params):
         x = embedded(params, tokens_BxT)
         rope = rope_tables(config, positions_BxT)
-        if isinstance(params["layers"], (list, tuple)):
-            x, cache, tapped = _unrolled(run, params["layers"], x, cache, inner)
-        else:
-            x, cache, tapped = _scanned(run, params["layers"], x, cache, inner)
+        through = _scanned if is_stacked(params) else _unrolled
+        x, cache, tapped = through(run, params["layers"], x, cache, inner)
         hidden = RMSNorm(config.rms_norm_eps).apply({"params": params["final_norm"]}, x)
     entering = dict(zip(inner, tapped, strict=True)) | {config.num_layers: hidden}
     taps_BxTxM = jnp.concatenate([entering[tap] for tap in taps], axis=-1) if taps else None

@@ -30,6 +30,11 @@ class Noise:
     accept_T: jax.Array  # one for each node of the tree
     token_A: jax.Array  # one for each depth, root included
 
+    @property
+    def depth(self) -> int:
+        """Most draft tokens that the walk can accept."""
+        return self.token_A.shape[-1] - 1
+
 
 @flax.struct.dataclass
 class VerifyOut:
@@ -119,6 +124,7 @@ class Rule:
     name: ClassVar[str]
     exact: ClassVar[bool]  # whether the emitted law is the target's own, for any draft
     chain_only: ClassVar[bool] = False  # whether it covers single chains only
+    forces: ClassVar[bool] = False  # whether it covers masks of nodes to accept anyway
     reads_hidden: ClassVar[bool] = False  # whether `force` wants the target's hidden states
     orderless: ClassVar[bool] = False  # whether it reads parents and tokens, not draw order
 
@@ -152,7 +158,7 @@ class Rule:
           noise: fresh for this sequence and round; its lengths give T and the maximal depth.
           draft: the tree, unbatched.
           rows: the target; rules read only rows they visit.
-          force_T: for lossy rules, nodes to accept anyway.
+          force_T: for rules with `forces`, nodes to accept anyway.
         """
         raise NotImplementedError(self.name)
 

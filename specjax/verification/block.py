@@ -42,7 +42,7 @@ class Block(Rule):
         return "without_replacement"
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
-        depth = noise.token_A.shape[0] - 1
+        depth = noise.depth
 
         def look(node, ratio):
             """(child, whether it is there, p, q of the child, [ratio p - q]+) at `node`."""

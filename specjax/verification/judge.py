@@ -62,6 +62,7 @@ class Judge(Rule):
 
     name: ClassVar[str] = "judge"
     exact: ClassVar[bool] = False
+    forces: ClassVar[bool] = True
 
     head: JudgeHead | None = None
     threshold: float = 0.5

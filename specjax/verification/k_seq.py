@@ -60,7 +60,7 @@ class KSeq(Rule):
         return "chains"
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
-        depth = noise.token_A.shape[0] - 1
+        depth = noise.depth
         k = draft.child_TxC.shape[1]
         if draft.law_TxV is None:
             raise ValueError("rule 'k_seq': the draft's law was not recorded")

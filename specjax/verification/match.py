@@ -69,11 +69,12 @@ class Match(Rule):
 
     name: ClassVar[str] = "match"
     exact: ClassVar[bool] = True
+    forces: ClassVar[bool] = True
     orderless: ClassVar[bool] = True
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
         token_at = lambda d, row: rows.token(row, noise.token_A[d])  # noqa: E731
-        return walk(token_at, draft, noise.token_A.shape[0] - 1, force_T)
+        return walk(token_at, draft, noise.depth, force_T)
 
     def law(self, tree: Tree):
         return match_law(tree, tree.p_TxV)
@@ -95,7 +96,7 @@ class Greedy(Match):
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
         token_at = lambda d, row: rows.best(row)  # noqa: E731
-        return walk(token_at, draft, noise.token_A.shape[0] - 1, force_T)
+        return walk(token_at, draft, noise.depth, force_T)
 
     def law(self, tree: Tree):
         return match_law(tree, np.eye(tree.shape[1])[tree.p_TxV.argmax(axis=1)])

@@ -15,12 +15,16 @@ def law(draft: DraftTree, target_logp, rule: Rule, force_T=None) -> tuple[np.nda
         drew each node's children; without it every child counts as a point mass.
       target_logp: log p_TxV, after the filter; -inf is allowed.
       rule: from `get_rule`.
-      force_T: nodes that a lossy rule accepts anyway.
+      force_T: nodes that a rule with `forces` accepts anyway.
 
     Returns:
       (stop_T, next_TxV): the probability that the walk ends at each node, and the law of the token
       emitted there (rows of nodes never stopped at are zero).
+
+    Raises:
+      ValueError: a mask for a rule that cannot force nodes.
     """
+    _check_mask(rule, force_T)
     tokens = np.asarray(draft.tokens_T)
     parents, valid = np.asarray(draft.parent_T), np.asarray(draft.valid_T, bool)
     if rule.orderless:
@@ -36,11 +40,20 @@ def law(draft: DraftTree, target_logp, rule: Rule, force_T=None) -> tuple[np.nda
     return rule.law(Tree(tokens, children, p_TxV, q_TxV, force))
 
 
+def _check_mask(rule: Rule, force_T) -> None:
+    if force_T is not None and not rule.forces:
+        raise ValueError(f"force_T: rule {rule.name!r} cannot force nodes")
+
+
 def verify(noise: Noise, draft: DraftTree, target_logp, rule: Rule, force_T=None) -> VerifyOut:
     """Samples from `law` with explicit noise: a pure function, jit and vmap at will.
 
     Takes one sequence, or a batch of them (a leading B on every array).
+
+    Raises:
+      ValueError: as `law`.
     """
+    _check_mask(rule, force_T)
     if draft.tokens_T.ndim == 2:
         one = lambda n, d, p, f: verify(n, d, p, rule, f)  # noqa: E731
         return jax.vmap(one)(noise, draft, target_logp, force_T)

@@ -40,7 +40,7 @@ class RecursiveRejection(Rule):
         return "with_replacement" if self.replacement else "without_replacement"
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
-        depth = noise.token_A.shape[0] - 1
+        depth = noise.depth
 
         def attempt(carry, child, x, Q_V):
             P_V, taken = carry

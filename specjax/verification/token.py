@@ -30,6 +30,7 @@ class Token(Rule):
 
     name: ClassVar[str] = "token"
     exact: ClassVar[bool] = True
+    forces: ClassVar[bool] = True
     chain_only: ClassVar[bool] = True
     lenience: ClassVar[float] = 1.0  # scales q; below 1 the rule is `lenient`
 
@@ -38,7 +39,7 @@ class Token(Rule):
         return "without_replacement"
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
-        depth = noise.token_A.shape[0] - 1
+        depth = noise.depth
 
         def step(carry, d):
             node, alive = carry

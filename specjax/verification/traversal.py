@@ -67,7 +67,7 @@ class Traversal(Rule):
         return "with_replacement" if self.replacement else "without_replacement"
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
-        depth = noise.token_A.shape[0] - 1
+        depth = noise.depth
         T = draft.tokens_T.shape[0]
 
         def offer(carry, child, x, Q_V):

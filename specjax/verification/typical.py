@@ -23,6 +23,7 @@ class Typical(Rule):
 
     name: ClassVar[str] = "typical"
     exact: ClassVar[bool] = False
+    forces: ClassVar[bool] = True
     orderless: ClassVar[bool] = True
 
     epsilon: float = 0.09
@@ -35,7 +36,7 @@ class Typical(Rule):
             )
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
-        depth, T = noise.token_A.shape[0] - 1, draft.tokens_T.shape[0]
+        depth, T = noise.depth, draft.tokens_T.shape[0]
         nodes = jnp.arange(T)
 
         def threshold(v):

@@ -27,7 +27,7 @@ class Unverified(Rule):
         return self.draw
 
     def verify(self, noise, draft, rows, force_T=None) -> VerifyOut:
-        depth = noise.token_A.shape[0] - 1
+        depth = noise.depth
 
         def step(node, d):
             child, there = child_at(draft, node, 0)

@@ -387,6 +387,8 @@ def test_damaged_folders_are_named(case, tmp_path):
 def test_unknown_fields_are_named(target, name):
     with pytest.raises(ValueError, match="layres"):
         specjax.init_drafter(name, target, layres=3)
+    with pytest.raises(ValueError, match=f"'{name}' has no field 'layres'"):
+        specjax.init_drafter(name, target).with_budget(layres=3)
 
 
 def test_unknown_names_are_answered_with_the_known_ones(target):

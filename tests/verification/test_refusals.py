@@ -2,7 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from samples import ROWS, RULES, some_drafts
 from toys import toy_target
 
 import specjax
@@ -60,6 +62,20 @@ def test_unsupported_combinations_are_named(target, request, drafter, rule, para
             target, [[1, 2]], drafter, 4, temperature=1.0, rule=get_rule(rule, **parameters)
         )
     assert compilations() == before
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_mask_of_forced_nodes_is_heeded_or_refused(name):
+    rule, shapes, kind = RULES[name]
+    drafts, targets, _ = some_drafts(1, shapes, kind)
+    draft, logp_TxV = jax.tree.map(lambda x: x[0], drafts), targets[0]
+    if rule.forces:
+        free_T, forced_T = (law(draft, logp_TxV, rule, f)[0] for f in (None, np.ones(ROWS, bool)))
+        assert np.abs(free_T - forced_T).max() > 0.01
+        return
+    for run in (law, lambda *args: verify(make_noise(jax.random.key(0), ROWS, 2), *args)):
+        with pytest.raises(ValueError, match=f"force_T: rule '{rule.name}' cannot force nodes"):
+            run(draft, logp_TxV, rule, np.zeros(ROWS, bool))
 
 
 def test_a_judge_head_of_another_width_is_refused(target, tree):
