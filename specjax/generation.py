@@ -122,8 +122,8 @@ def make_engine(
     """(engine, parameters) for a target with a drafter (None: plain decoding).
 
     Raises:
-      ValueError: no drafter or one of another target, a stop token that is none of the target's,
-        an unknown rule, a rule that refuses the settings.
+      ValueError: a drafter that is none or is another target's, a stop token outside the
+        vocabulary, an unknown rule, a rule that refuses the settings.
     """
     if not isinstance(drafter, TrainedDrafter | None):
         raise ValueError(

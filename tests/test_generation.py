@@ -2,11 +2,13 @@
 
 import dataclasses
 import inspect
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from toys import PROMPTS, greedy_continuations, toy_target, truncated
 
 import specjax
@@ -274,6 +276,112 @@ def test_vocab_ids_must_be_as_many_as_the_draft_vocabulary(target, ids):
         specjax.init_drafter(
             "fasteagle", target, num_layers=2, draft_vocab_size=4, vocab_ids=np.array(ids)
         )
+
+
+@pytest.mark.parametrize(
+    "ids, match",
+    [
+        ([-5, 1], "vocab_ids: -5 is outside"),
+        ([1, 99], "vocab_ids: 99 .*of 12"),
+        ([0.5, 1], "float"),
+    ],
+)
+def test_vocab_ids_are_the_target_s(target, ids, match):
+    with pytest.raises(ValueError, match=match):
+        specjax.init_drafter(
+            "fasteagle", target, num_layers=2, draft_vocab_size=2, vocab_ids=ids
+        )  # fmt: skip
+
+
+# ---- drafters' folders ---------------------------------------------------------------------------
+
+
+def test_save_overwrites_drafters_and_nothing_else(target, drafter, tmp_path):
+    drafter.save(tmp_path)
+    drafter.save(tmp_path)
+    specjax.load_drafter(tmp_path, target)
+    for name, text in (
+        ("config.json", '{"model_type": "llama"}'),
+        ("model.safetensors.index.json", '{"weight_map": {}}'),
+    ):
+        folder = tmp_path / f"holds {name}"
+        folder.mkdir()
+        (folder / "model.safetensors").write_text("theirs")
+        (folder / name).write_text(text)
+        with pytest.raises(FileExistsError, match=f"{name}: the folder holds another model"):
+            drafter.save(folder)
+        files = {path.name: path.read_text() for path in folder.iterdir()}
+        assert files == {name: text, "model.safetensors": "theirs"}
+
+
+@pytest.fixture(scope="module")
+def folder_of(target, tmp_path_factory):
+    """record changes, tensor changes -> a drafter's folder with them."""
+    made = specjax.init_drafter("fasteagle", target, num_layers=2, draft_vocab_size=4)
+
+    def write(change=lambda record: None, tensors=None):
+        folder = tmp_path_factory.mktemp("drafter")
+        made.save(folder)
+        config, weights = folder / "config.json", folder / "model.safetensors"
+        record = json.loads(config.read_text())
+        change(record)
+        config.write_text(json.dumps(record))
+        save_file(load_file(weights) | (tensors or {}), weights)
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        (lambda r: r.update(drafter="x"), "drafter: 'x' is not an object"),
+        (lambda r: r["drafter"].update(target=[3]), r"target: \[3\] is not an object"),
+        (lambda r: r.pop("algorithm"), "algorithm: missing"),
+        (lambda r: r.update(algorithm="faseagle"), "'faseagle' is unknown"),
+        (lambda r: r["drafter"]["target"].pop("rope_scaling"), "rope_scaling: missing"),
+        (lambda r: r["drafter"]["target"].update(num_kv_heads=0), "num_kv_heads: 0 "),
+        (
+            lambda r: r["drafter"]["target"].update(num_layers=9),
+            "target.num_layers: 9, but toy has 2",
+        ),
+        (lambda r: r["drafter"]["target"].update(rope_theta=5e5), "target.rope_theta: 500000.0"),
+        (lambda r: r["drafter"].update(num_layers=2.5), "num_layers: 2.5 must be a whole number"),
+    ],
+)
+def test_a_damaged_record_is_named(target, folder_of, change, match):
+    with pytest.raises(ValueError, match=rf"config\.json: .*{match}"):
+        specjax.load_drafter(folder_of(change), target)
+
+
+@pytest.mark.parametrize(
+    "name, value, match",
+    [
+        ("norm.scale", np.full(16, np.nan, np.float32), "norm.scale holds NaN or infinity"),
+        ("fc", np.full((48, 16), np.inf, np.float32), "fc holds NaN or infinity"),
+        ("buffers.vocab_ids", np.array([0, 1, 2, 12], np.int32), "vocab_ids: 12 is outside"),
+    ],
+)
+def test_a_damaged_tensor_is_named(target, folder_of, name, value, match):
+    with pytest.raises(ValueError, match=rf"model\.safetensors: .*{match}"):
+        specjax.load_drafter(folder_of(tensors={name: value}), target)
+
+
+def test_what_a_target_may_call_otherwise(target, folder_of):
+    """Ends, context and family's name change when a model is released again; its weights do not."""
+    changes = dict(eos_token_ids=[1], max_position_embeddings=9, model_type="mistral")
+    specjax.load_drafter(folder_of(lambda r: r["drafter"]["target"].update(changes)), target)
+
+
+def test_fields_are_numbers_where_numbers_are_meant(target, drafter):
+    with pytest.raises(ValueError, match="num_layers: 2.5 must be a whole number"):
+        specjax.init_drafter("fasteagle", target, num_layers=2.5)
+    with pytest.raises(ValueError, match="candidates: '3' must be a whole number"):
+        drafter.with_budget(candidates="3")
+    with pytest.raises(ValueError, match="threshold: None must be a number"):
+        specjax.init_drafter("draft_model", target, threshold=None)
+    with pytest.raises(ValueError, match="seed: 4294967296"):
+        specjax.init_drafter("fasteagle", target, num_layers=2, seed=2**32)
 
 
 @pytest.mark.parametrize("fields", [{}, {"folder": "nowhere"}], ids=str)
