@@ -23,12 +23,8 @@ GAMMA = 4.0  # the paper's for its shortest blocks
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"dflash: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name = "dflash"
+    config = fasteagle.alone("dflash", preset)
     config.train.loss.decay = math.exp(-1 / GAMMA)
-    config.drafters = ConfigDict()
     config.drafters.dflash = common.drafter(
         "dflash",
         init=dict(num_layers=3, block_size=4, intermediate_size=128),

@@ -15,11 +15,7 @@ from configs import common, fasteagle
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"draft_model: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name = "draft_model"
-    config.drafters = ConfigDict()
+    config = fasteagle.alone("draft_model", preset)
     config.drafters.draft_model = common.drafter(
         "draft_model",
         init=dict(num_layers=2, draft_depth=3),

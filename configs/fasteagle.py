@@ -16,6 +16,8 @@ follow the paper's protocol: MT-Bench, HumanEval, GSM8K, CNN/DM, Alpaca at tempe
 N = 7, a tree of 57 rows (8 candidates a level) against EAGLE-3's dynamic tree of as many rows.
 """
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from configs import common
@@ -132,3 +134,18 @@ def get_config(preset: str = "") -> ConfigDict:
         config = builtin(preset)
         return smoke(config) if preset else config
     raise ValueError(f"fasteagle: unknown preset {preset!r}; one of '', 'smoke', {list(PUBLISHED)}")
+
+
+def alone(name: str, preset: str, keep: Sequence[str] = ()) -> ConfigDict:
+    """The built-in run under the name of another recipe, without the drafters but those to `keep`.
+
+    Raises:
+      ValueError: a preset other than "" and "smoke".
+    """
+    if preset not in ("", "smoke"):
+        raise ValueError(f"{name}: unknown preset {preset!r}; one of '', 'smoke'")
+    config = get_config(preset)
+    config.name = name
+    for other in set(config.drafters) - set(keep):
+        del config.drafters[other]
+    return config

@@ -22,10 +22,8 @@ NODES, RANK = 7, 32
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"fasteagle_x: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name, config.experiment = "fasteagle_x", "distill"
+    config = fasteagle.alone("fasteagle_x", preset, keep=("fasteagle",))
+    config.experiment = "distill"
     plain = config.drafters.fasteagle
     init, tree = plain.init.to_dict(), plain.tree.to_dict()
     config.drafters = ConfigDict()

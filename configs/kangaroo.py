@@ -17,11 +17,7 @@ from configs import common, fasteagle
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"kangaroo: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name = "kangaroo"
-    config.drafters = ConfigDict()
+    config = fasteagle.alone("kangaroo", preset)
     config.drafters.kangaroo = common.drafter(
         "kangaroo",
         init=dict(exit_layer=2),

@@ -17,11 +17,7 @@ from configs import common, fasteagle
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"medusa: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name = "medusa"
-    config.drafters = ConfigDict()
+    config = fasteagle.alone("medusa", preset)
     config.drafters.medusa = common.drafter(
         "medusa",
         init=dict(heads=3),

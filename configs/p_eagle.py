@@ -15,11 +15,7 @@ from configs import common, fasteagle
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"p_eagle: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name = "p_eagle"
-    config.drafters = ConfigDict()
+    config = fasteagle.alone("p_eagle", preset)
     config.drafters.p_eagle = common.drafter(
         "p_eagle",
         init=dict(num_layers=2, draft_depth=3, intermediate_size=128),

@@ -15,13 +15,9 @@ from configs import common, fasteagle
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"prompt_lookup: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name = "prompt_lookup"
+    config = fasteagle.alone("prompt_lookup", preset)
     config.data.count = config.data.batch = 16  # prompts to calibrate on: nothing is trained
     config.eval.rule = ""  # what is looked up was not drawn from any law
-    config.drafters = ConfigDict()
     config.drafters.prompt_lookup = common.drafter(
         "prompt_lookup",
         init=dict(max_ngram=3),

@@ -16,11 +16,7 @@ from configs import common, fasteagle
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"rasd: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name = "rasd"
-    del config.drafters.eagle3
+    config = fasteagle.alone("rasd", preset, keep=("fasteagle",))
     config.eval.rule = "match"  # what is retrieved was not drawn from a law
     inner, tree = config.drafters.fasteagle.init, config.drafters.fasteagle.tree
     config.drafters.rasd = common.drafter(

@@ -14,13 +14,9 @@ from configs import common, fasteagle
 
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
-    if preset not in ("", "smoke"):
-        raise ValueError(f"token_recycling: unknown preset {preset!r}; one of '', 'smoke'")
-    config = fasteagle.get_config(preset)
-    config.name = "token_recycling"
+    config = fasteagle.alone("token_recycling", preset)
     config.data.count = config.data.batch = 16  # prompts to calibrate on: nothing is trained
     config.eval.rule = ""  # what is recycled was not drawn from any law
-    config.drafters = ConfigDict()
     config.drafters.token_recycling = common.drafter(
         "token_recycling",
         init=dict(successors=8),

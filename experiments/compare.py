@@ -39,11 +39,11 @@ from specjax.evaluation.spec_bench import answers_name, write_answers
 from specjax.evaluation.tables import print_table
 from specjax.models.target import Target, load_target
 from specjax.processes import is_first
+from specjax.progress import duration, say
 from specjax.trained import init_drafter
 from specjax.training.acceptance import fit_acceptance, wants_acceptance_head
 from specjax.training.drafter import TauProbe, TrainingCost, train_drafter
 from specjax.training.metrics import MetricsLog
-from specjax.training.progress import duration, say
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

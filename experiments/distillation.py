@@ -21,8 +21,8 @@ from specjax.evaluation.figures import draw_differences
 from specjax.evaluation.inline_svg import standalone
 from specjax.evaluation.timing import calls_in_turns
 from specjax.files import write_text
+from specjax.progress import say
 from specjax.training.drafter import needs_reference, set_up
-from specjax.training.progress import say
 
 
 def plain_of(method: str) -> str:

@@ -43,8 +43,8 @@ def main(argv):
     from absl import logging
 
     from specjax import processes, profiling
+    from specjax.progress import say
     from specjax.training.preemption import Preempted, leave_on_sigterm
-    from specjax.training.progress import say
     from specjax.training.run import open_run, plain
 
     logging.set_verbosity(logging.WARNING)  # orbax narrates every step of a save at INFO

@@ -15,8 +15,8 @@ from specjax.evaluation.benchmark import (
     prompt_ids,
 )
 from specjax.models.target import Target
+from specjax.progress import say
 from specjax.sampling import Sampling
-from specjax.training.progress import say
 from specjax.training.sources import SOURCES, OwnRows, Writing
 
 

@@ -315,28 +315,21 @@ def jit_round(engine: Engine, params, state: DecodeState) -> DecodeState:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _loop(engine: Engine, params, state: DecodeState) -> DecodeState:
+def run_device(engine: Engine, params, state: DecodeState) -> DecodeState:
+    """Runs to the end in one `while_loop` on the device."""
     return jax.lax.while_loop(
         lambda s: ~jnp.all(s.done_B), lambda s: round(engine, params, s), state
     )
 
 
-def run_device(engine: Engine, params, state: DecodeState) -> DecodeState:
-    """Runs to the end in one `while_loop` on the device."""
-    return _loop(engine, params, state)
-
-
-def run_host(engine: Engine, params, state: DecodeState, on_round=None) -> DecodeState:
+def run_host(engine: Engine, params, state: DecodeState) -> DecodeState:
     """Runs to the end from a host loop.
 
     `done` is read one round late, so the device always has a round queued; the surplus round at
-    the end changes nothing. `on_round(state)`, if given, sees the state after every round (and
-    must copy what it keeps: the next round consumes the arrays).
+    the end changes nothing.
     """
     done = jnp.all(state.done_B)
     while True:
-        if on_round is not None:
-            on_round(state)
         state = jit_round(engine, params, state)
         if bool(np.asarray(done)):
             return state

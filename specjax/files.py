@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import jax
+from specjax.processes import is_first
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     system. Raises OSError naming `path` (a full disk, say) and then leaves the old file as it was
     and no temporary file behind.
     """
-    if jax.process_index() != 0:
+    if not is_first():
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder) / "dropped"
         return

@@ -113,13 +113,6 @@ def spec_of(path: str, shape: Sequence[int], rules: Rules) -> PartitionSpec:
     raise ValueError(f"sharding: no rule matches parameter {path} of shape {tuple(shape)}")
 
 
-def specs(tree, rules: Rules = MODEL_RULES):
-    """The tree of PartitionSpecs of `tree` (arrays or ShapeDtypeStructs); raises as `spec_of`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda keys, leaf: spec_of(path_of(keys), np.shape(leaf), rules), tree
-    )
-
-
 def check_rules(tree, rules: Rules) -> None:
     """Raises ValueError for a rule that matches no leaf of `tree` (a typo in a regex)."""
     paths = [path_of(keys) for keys, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -92,6 +92,7 @@ def test_every_recipe_builds_its_objective(preset):
 @pytest.mark.parametrize("name", distillation.OBJECTIVES)
 def test_every_objective_is_a_recipe_of_its_own(name):
     config = importlib.import_module(f"configs.distill.{name}").get_config()
+    assert config.name == name and list(config.drafters) == ["fasteagle"]
     make_objective(train_config(config, "fasteagle").loss, 10)
 
 

@@ -1,6 +1,7 @@
 """A target with stacked layers trains and decodes as the same target with a list of them."""
 
 import dataclasses
+from contextlib import nullcontext
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from toys import PROMPTS, toy_target
 
 import specjax
 from configs.common import loss as plain_loss
+from specjax.models.layers import recomputed_layers
 from specjax.models.transformer import forward, logits_of, stack_layers
 from specjax.training.objective import drafter_loss, make_objective
 
@@ -54,7 +56,8 @@ def test_training_the_target_itself(targets):
     config, tokens = targets[0].config, np.arange(10, dtype=np.int32)[None]
 
     def loss(params, remat):
-        out = forward(params, config, tokens, remat=remat, taps=(1,))
+        with recomputed_layers() if remat else nullcontext():
+            out = forward(params, config, tokens, taps=(1,))
         value = jax.nn.logsumexp(logits_of(params, out.hidden_BxTxD), axis=-1)
         return value.mean() + (out.taps_BxTxM**2).mean()
 

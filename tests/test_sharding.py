@@ -25,7 +25,6 @@ from specjax.sharding import (
     replicated,
     shardings,
     spec_of,
-    specs,
 )
 from specjax.training.optimizers import make_optimizer
 from specjax.training.state import create
@@ -63,6 +62,12 @@ TREE = {"a": {"kernel": abstract(4, 6), "bias": abstract(6)}, "scale": abstract(
 def pretend_mesh(*sizes):
     """A mesh of devices that do not exist: enough to lay parameters out on paper."""
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def specs(tree, rules):
+    return jax.tree_util.tree_map_with_path(
+        lambda keys, leaf: spec_of(path_of(keys), leaf.shape, rules), tree
+    )
 
 
 def by_path(tree):

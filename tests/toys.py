@@ -103,10 +103,16 @@ def prefilled(engine, params, prompts, limits, width=32, slots=64, rounds=26, ke
 
 
 def run_recording(engine, params, state):
-    """(final state, a host copy of the state before every round and after the last)."""
-    record = []
-    state = decoding.run_host(engine, params, state, lambda s: record.append(_host(s)))
-    return state, [*record, _host(state)]
+    """(final state, a host copy of the state before every round and after the last).
+
+    Rounds as `run_host` runs them, the surplus one at the end included.
+    """
+    record, done = [_host(state)], False
+    while not done:
+        done = record[-1].done_B.all()
+        state = decoding.jit_round(engine, params, state)
+        record.append(_host(state))
+    return state, record
 
 
 def _host(state):

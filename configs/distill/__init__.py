@@ -9,9 +9,10 @@ from ml_collections import ConfigDict
 from configs import fasteagle
 
 
-def single(changes: dict, preset: str = "") -> ConfigDict:
-    """configs/fasteagle.py without EAGLE-3, with one objective."""
-    config = fasteagle.get_config(preset)
+def single(name: str, rows: dict, preset: str = "") -> ConfigDict:
+    """configs/fasteagle.py without EAGLE-3, with one row's objective and under its name."""
+    config, changes = fasteagle.get_config(preset), rows[name]
+    config.name = name
     del config.drafters.eagle3
     drafter = config.drafters.fasteagle
     drafter.init.update(changes.get("init", {}))

@@ -13,4 +13,4 @@ ROWS = {"adaspec": {"train": {"loss": {"gate": "adaspec", "gate_options": {"frac
 
 def get_config(preset: str = ""):
     """FastEagle alone under this objective; presets of configs/fasteagle.py."""
-    return single(ROWS["adaspec"], preset)
+    return single("adaspec", ROWS, preset)

@@ -20,4 +20,4 @@ ROWS = {
 
 def get_config(preset: str = ""):
     """FastEagle alone under this objective; presets of configs/fasteagle.py."""
-    return single(ROWS["deepkd"], preset)
+    return single("deepkd", ROWS, preset)

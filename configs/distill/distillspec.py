@@ -22,4 +22,4 @@ ROWS = {
 
 def get_config(preset: str = ""):
     """FastEagle alone under this objective; presets of configs/fasteagle.py."""
-    return single(ROWS["distillspec"], preset)
+    return single("distillspec", ROWS, preset)

@@ -12,4 +12,4 @@ ROWS = {"fastdraft": {"train": {"loss": {"ce": 0.5, "hard": 0.5}}}}
 
 def get_config(preset: str = ""):
     """FastEagle alone under this objective; presets of configs/fasteagle.py."""
-    return single(ROWS["fastdraft"], preset)
+    return single("fastdraft", ROWS, preset)

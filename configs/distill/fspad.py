@@ -17,4 +17,4 @@ ROWS = {
 
 def get_config(preset: str = ""):
     """FastEagle alone under this objective; presets of configs/fasteagle.py."""
-    return single(ROWS["fspad"], preset)
+    return single("fspad", ROWS, preset)

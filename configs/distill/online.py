@@ -14,4 +14,4 @@ ROWS = {"online": {"train": {"loss": {"gate": "rejected"}}}}
 
 def get_config(preset: str = ""):
     """FastEagle alone under this objective; presets of configs/fasteagle.py."""
-    return single(ROWS["online"], preset)
+    return single("online", ROWS, preset)

@@ -12,4 +12,4 @@ ROWS = {"plain": {}}
 
 def get_config(preset: str = ""):
     """FastEagle alone under this objective; presets of configs/fasteagle.py."""
-    return single(ROWS["plain"], preset)
+    return single("plain", ROWS, preset)

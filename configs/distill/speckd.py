@@ -20,4 +20,4 @@ ROWS = {
 
 def get_config(preset: str = ""):
     """FastEagle alone under this objective; presets of configs/fasteagle.py."""
-    return single(ROWS["speckd"], preset)
+    return single("speckd", ROWS, preset)

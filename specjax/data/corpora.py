@@ -132,7 +132,7 @@ def local_documents(path: str | Path) -> list[Document]:
 
     .txt, .py and .md files are one document each; .json is a list of strings or rows; a .jsonl line
     is a row. A row is {"text": ...}, or holds a conversation under "conversations" or "messages",
-    in which case the document is the row's own JSON (`templates.conversation_messages` reads it).
+    in which case the document is the row's own JSON (`conversations` and `templates` read it).
 
     Raises FileNotFoundError for a missing path or a folder without such files, and ValueError,
     naming file and line (or item), for content of another shape.

@@ -7,7 +7,7 @@ from specjax.data.conversations import Conversation
 from specjax.data.regenerate import regenerate
 from specjax.data.templates import Message
 from specjax.models.target import Target
-from specjax.training.progress import say
+from specjax.progress import say
 
 Marked = tuple[list[int], list[bool]]  # token ids, which of them are trained on
 

@@ -28,7 +28,7 @@ from specjax.data.rows import Rows
 from specjax.files import write_safetensors
 from specjax.models import transformer
 from specjax.models.target import Target
-from specjax.training.progress import progress, say
+from specjax.progress import progress, say
 
 FIELD = "train.cache_features"
 SHARD_BYTES = 1 << 30

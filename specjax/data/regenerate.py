@@ -10,8 +10,8 @@ from specjax import decoding, processes
 from specjax.files import replacing
 from specjax.generation import collect, make_engine, start
 from specjax.models.target import Target
+from specjax.progress import progress, say
 from specjax.sampling import Sampling
-from specjax.training.progress import progress, say
 
 
 def _key(target: Target, prompts, settings: dict) -> str:

@@ -10,7 +10,7 @@ import grain
 import jax
 import numpy as np
 
-from specjax.training.progress import say
+from specjax.progress import say
 
 
 def pad_rows(

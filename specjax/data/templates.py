@@ -161,16 +161,6 @@ def turn_messages(
     return [*messages, {"role": "user", "content": turns[len(answers)]}]
 
 
-def conversation_messages(row: str | dict) -> list[Message]:
-    """The messages of a raw row, a dict or its JSON: OpenAI's or ShareGPT's keys.
-
-    Raises ValueError, naming the message and the field, for a row of another shape.
-    """
-    messages = raw_messages(row)
-    check_messages(messages)
-    return messages
-
-
 def first_question(row: str) -> str | None:
     """The first user message of a raw row; None where nobody asks anything.
 

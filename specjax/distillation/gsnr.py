@@ -52,16 +52,6 @@ def gsnr_value(moments: GradientMoments):
     return ratio / jnp.maximum(noisy, 1)
 
 
-def gsnr(gradients_M):
-    """`gsnr_value` of M gradients stacked on the first axis of every leaf."""
-
-    def add(moments, gradient):
-        return gsnr_update(moments, gradient), None
-
-    start = gsnr_init(jax.tree.map(lambda g: g[0], gradients_M))
-    return gsnr_value(jax.lax.scan(add, start, gradients_M)[0])
-
-
 class ProbeState(NamedTuple):
     """What `probe_gsnr` keeps: {stream: GradientMoments}."""
 

@@ -16,10 +16,10 @@ from specjax.evaluation.timing import RoundTimes, count_flops, time_round
 from specjax.generation import bucket, cache_slots, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.profiling import traced
+from specjax.progress import progress
 from specjax.sampling import Sampling
 from specjax.trained import TrainedDrafter
 from specjax.training.drafter import TrainingCost
-from specjax.training.progress import progress
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,7 +192,6 @@ def benchmark(
                                 p.question_id,
                                 p.category,
                                 turn,
-                                len(row),
                                 tuple(new),
                                 text,
                                 tuple(lengths),

@@ -7,9 +7,9 @@ from specjax import processes
 from specjax.evaluation.timing import time_in_turns
 from specjax.generation import make_engine
 from specjax.models.target import Target
+from specjax.progress import progress
 from specjax.trained import TrainedDrafter
 from specjax.training.drafter import TauProbe
-from specjax.training.progress import progress
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ from specjax.evaluation.output_tests import OutputTest
 from specjax.generation import generate, make_engine
 from specjax.models import transformer
 from specjax.models.target import Target
+from specjax.progress import progress
 from specjax.sampling import Sampling
 from specjax.trained import TrainedDrafter
-from specjax.training.progress import progress
 from specjax.verification import Rule
 
 

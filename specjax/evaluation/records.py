@@ -14,7 +14,6 @@ class TurnRecord:
     question_id:    the prompt's id; all turns of a question share it
     category:       the prompt set's own label ("writing", "math_reasoning", ...)
     turn:           0 for the first turn
-    prompt_tokens:  length of the prompt, in tokens
     tokens:         new tokens, cut at the stop token (kept) or the length limit
     text:           the same, as text
     accept_lengths: tokens emitted by prefill (always 1), then by each round, the extra token
@@ -28,7 +27,6 @@ class TurnRecord:
     question_id: int | str
     category: str
     turn: int
-    prompt_tokens: int
     tokens: tuple[int, ...]
     text: str
     accept_lengths: tuple[int, ...]

@@ -16,7 +16,7 @@ from specjax.evaluation.findings import (
 )
 from specjax.evaluation.page import DEFINITIONS, HOW_TO_READ, PAGE, STYLE
 from specjax.evaluation.records import VANILLA
-from specjax.evaluation.run_folder import Run, read_curves, read_run
+from specjax.evaluation.run_folder import Run, read_run
 from specjax.evaluation.tables import COLUMNS, count, setting, shown_columns
 from specjax.files import write_text
 from specjax.shades import shade
@@ -30,26 +30,6 @@ def report_run(folder: str | os.PathLike) -> Path:
     path = Path(folder) / "report.html"
     write_text(path, render(read_run(folder)))
     return path
-
-
-def write_report(
-    path: str | os.PathLike,
-    results: dict,
-    metrics_path: str | os.PathLike | None = None,
-    samples: Sequence[dict] | None = None,
-    notes: str | Sequence[str] | None = None,
-) -> None:
-    """Write the page of results at hand, atomically, without a run folder.
-
-    results:      what `read_results` returns
-    metrics_path: metrics.jsonl of the run; training curves are left out where it is missing
-    samples, notes: as in `Run`
-
-    Raises OSError, naming the file, when it cannot be written.
-    """
-    curves = read_curves(metrics_path) if metrics_path and Path(metrics_path).exists() else {}
-    notes = [notes] if isinstance(notes, str) else notes or []
-    write_text(path, render(Run(results, curves, samples or [], notes)))
 
 
 def render(run: Run) -> str:

@@ -152,17 +152,6 @@ def print_table(rows: Sequence[dict], file: IO[str] | None = None) -> None:
         console.print(table)
 
 
-def markdown_table(rows: Sequence[dict]) -> str:
-    """The rows as a GitHub table, all columns, ending with a newline."""
-    columns = [COLUMNS[name] for name in shown_columns(rows)]
-    lines = [
-        [column.heading.replace("\n", " ") for column in columns],
-        [":--" if column.left else "--:" for column in columns],
-        *([one_line(column, row).replace("|", "\\|") for column in columns] for row in rows),
-    ]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
 def one_line(column: Column, row: dict) -> str:
     """The cell with its detail beside it."""
     return f"{column.text(row)} {column.detail(row)}".strip()

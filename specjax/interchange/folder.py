@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.files import write_safetensors, write_text
+from specjax.models.checkpoint import Checkpoint
 from specjax.models.config import ModelConfig
-from specjax.models.hf import LAYER_WEIGHTS, Checkpoint, layer_paths, layer_shapes
+from specjax.models.hf import LAYER_WEIGHTS, layer_paths, layer_shapes
 from specjax.models.target import Target
 
 DTYPES = ("float32", "bfloat16", "float16")

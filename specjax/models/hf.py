@@ -21,8 +21,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from specjax.files import write_safetensors, write_text
-from specjax.models.checkpoint import WEIGHT_DTYPES, Checkpoint
-from specjax.models.config import ModelConfig, config_to_hf, read_config
+from specjax.models.checkpoint import Checkpoint
+from specjax.models.config import ModelConfig, config_to_hf
 
 
 def _qkv_kernel(config: ModelConfig, q, k, v):
@@ -318,14 +318,3 @@ def save_target(folder, config: ModelConfig, params, dtype: str = "bfloat16"):
         tensors["lm_head.weight"] = np.asarray(params["head"])
     write_safetensors(folder / "model.safetensors", {k: v.astype(cast) for k, v in tensors.items()})
     write_text(folder / "config.json", text)
-
-
-__all__ = [
-    "WEIGHT_DTYPES",
-    "Checkpoint",
-    "Loader",
-    "load_params",
-    "read_config",
-    "save_target",
-    "split_layer",
-]

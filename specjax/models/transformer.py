@@ -129,7 +129,6 @@ def forward(
     mask=None,
     cache: KVCache | None = None,
     taps: Sequence[int] = (),
-    remat: bool = False,
 ) -> ForwardOut:
     """Runs the decoder.
 
@@ -143,7 +142,6 @@ def forward(
       cache: rows are written at slots lengths..lengths+T and the mask addresses slots.
       taps: ids of layers whose input is returned, in order, concatenated on the last axis;
         `num_layers` is the LM head, whose input is the final-normed hidden state.
-      remat: recompute each layer in the backward pass.
 
     Raises:
       ValueError: a cache without a mask, or a tap that is no layer's id.
@@ -165,8 +163,6 @@ def forward(
         x, kv = block.apply({"params": layer}, x, rope, mask, kv, start_B)
         return x, None if cache is None else kv
 
-    if remat:
-        run = jax.checkpoint(run)
     with precision_of(params):
         x = embedded(params, tokens_BxT)
         rope = rope_tables(config, positions_BxT)

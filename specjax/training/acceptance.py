@@ -19,8 +19,8 @@ from specjax.drafters.draft_model import DraftModel
 from specjax.drafters.stopping import acceptance_logit
 from specjax.models import transformer
 from specjax.models.target import Target
+from specjax.progress import say
 from specjax.trained import TrainedDrafter
-from specjax.training.progress import say
 
 TARGET_SHARE = 0.15  # of the tokens read that are the target's
 REJECTION_WEIGHT = 6.0

@@ -7,10 +7,10 @@ from collections.abc import Callable
 import jax
 
 from specjax.profiling import StageTrace
+from specjax.progress import progress, say
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.metrics import MetricsLog
 from specjax.training.preemption import Preempted, noticing
-from specjax.training.progress import progress, say
 from specjax.training.state import TrainState
 
 

@@ -15,11 +15,11 @@ from specjax.data.windows import Windows
 from specjax.models import transformer
 from specjax.models.config import ModelConfig
 from specjax.models.hf import save_target
+from specjax.progress import say
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.loop import fit
 from specjax.training.metrics import MetricsLog
 from specjax.training.optimizers import make_optimizer
-from specjax.training.progress import say
 from specjax.training.state import create, make_step
 
 

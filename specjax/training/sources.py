@@ -20,9 +20,9 @@ from specjax.data.rows import Rows, pad_rows
 from specjax.files import replacing
 from specjax.generation import make_engine
 from specjax.models.target import Target
+from specjax.progress import say
 from specjax.sampling import Sampling
 from specjax.trained import TrainedDrafter
-from specjax.training.progress import say
 from specjax.verification import get_rule
 
 SOURCES = ("target", "text", "drafter", "mix")

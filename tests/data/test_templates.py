@@ -4,9 +4,10 @@ import pytest
 
 from specjax.data.templates import (
     FALLBACK_TEMPLATES,
-    conversation_messages,
+    check_messages,
     encode_chat,
     encode_prompt,
+    raw_messages,
     render_chat,
     turn_messages,
 )
@@ -94,8 +95,9 @@ def test_conversations_in_both_styles():
         for message in openai["messages"]
     ]
     expected = openai["messages"]
-    assert conversation_messages(json.dumps(openai)) == expected
-    assert conversation_messages(json.dumps({"conversations": sharegpt})) == expected
+    check_messages(expected)
+    assert raw_messages(json.dumps(openai)) == expected
+    assert raw_messages(json.dumps({"conversations": sharegpt})) == expected
 
 
 @pytest.mark.parametrize(
@@ -113,7 +115,7 @@ def test_conversations_in_both_styles():
 )
 def test_bad_conversations(row, message):
     with pytest.raises(ValueError, match=message):
-        conversation_messages(row)
+        check_messages(raw_messages(row))
 
 
 def test_two_user_messages_in_a_row():

@@ -27,7 +27,7 @@ from specjax import decoding
 from specjax.cache import KVCache
 from specjax.drafters.features import FeatureState
 from specjax.generation import make_engine, resume
-from specjax.models.hf import Checkpoint
+from specjax.models.checkpoint import Checkpoint
 from specjax.models.transformer import forward
 from specjax.sampling import Sampling
 from specjax.verification import get_rule

@@ -12,7 +12,7 @@ def make_turn():
         tokens = tuple(range(sum(accept_lengths))) if tokens is None else tuple(tokens)
         text = " ".join(map(str, tokens)) if text is None else text
         lengths = tuple(accept_lengths)
-        return TurnRecord(question, "coding", turn, 7, tokens, text, lengths, tuple(seconds))
+        return TurnRecord(question, "coding", turn, tokens, text, lengths, tuple(seconds))
 
     return make
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from specjax.evaluation import figures, inline_svg, page
-from specjax.evaluation.report import report_run, write_report
+from specjax.evaluation.report import render, report_run
 from specjax.evaluation.results import write_results
-from specjax.evaluation.run_folder import read_curves, read_run, write_samples
+from specjax.evaluation.run_folder import Run, read_curves, read_run, write_samples
 from specjax.shades import SHADES
 
 ROOT = Path(__file__).parents[2]
@@ -157,12 +157,11 @@ def test_every_line_of_the_table_has_every_column(drawn):
     assert {len(row) for row in lines} == {text[: text.index("</thead>")].count('scope="col"')}
 
 
-def test_bold_is_the_highest_of_the_exact_ones(tmp_path, header, make_rows):
+def test_bold_is_the_highest_of_the_exact_ones(header, make_rows):
     rows = make_rows(methods=("a", "b", "c"))
     for row, tau, exact in zip(rows[1:], (2.0, 2.5, 9.0), (True, True, False), strict=True):
         row |= {"tau": tau, "exact": exact}
-    write_report(tmp_path / "report.html", header | {"rows": rows})
-    text = (tmp_path / "report.html").read_text()
+    text = render(Run(header | {"rows": rows}))
     assert re.findall(r'<td class="best">([0-9.]+)<', text) == ["2.50"]
     assert "c (lossy)" in text
 
@@ -239,29 +238,26 @@ def test_user_text_is_escaped(drawn):
     assert text.count("&lt;script&gt;") > 5
 
 
-def test_page_does_without_the_optional_parts(tmp_path, make_rows, header):
+def test_page_does_without_the_optional_parts(make_rows, header):
     for rows in (make_rows(), make_rows(methods=()), []):
-        write_report(tmp_path / "report.html", header | {"rows": rows}, notes="just one")
-        text = (tmp_path / "report.html").read_text()
+        text = render(Run(header | {"rows": rows}, notes=["just one"]))
         Page(text)
         assert 'id="training"' not in text and 'id="samples"' not in text
         assert "<li>just one</li>" in text
 
 
-def test_page_says_when_nothing_beats_vanilla(tmp_path, header, make_rows):
+def test_page_says_when_nothing_beats_vanilla(header, make_rows):
     rows = make_rows()
     rows[1] |= {"speedup": 0.9}
     rows[2] |= {"speedup": 1.9, "exact": False}
-    write_report(tmp_path / "report.html", header | {"rows": rows})
-    text = (tmp_path / "report.html").read_text()
+    text = render(Run(header | {"rows": rows}))
     assert "<strong>0.90×</strong><span>none beats vanilla; nearest is <b>eagle3</b>" in text
 
 
 @pytest.mark.slow
-def test_ten_methods_stay_well_under_a_megabyte(tmp_path, header, make_rows):
+def test_ten_methods_stay_well_under_a_megabyte(header, make_rows):
     rows = make_rows(temperatures=(0.0, 1.0), methods=[f"method_{i}" for i in range(10)])
-    write_report(tmp_path / "report.html", header | {"rows": rows})
-    assert (tmp_path / "report.html").stat().st_size < 600_000
+    assert len(render(Run(header | {"rows": rows})).encode()) < 600_000
 
 
 def test_same_rows_same_figure(make_rows):

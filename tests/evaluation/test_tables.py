@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from specjax.evaluation.tables import count, is_unfaithful, markdown_table, print_table, verdict
+from specjax.evaluation.tables import count, is_unfaithful, print_table, verdict
 
 
 @pytest.fixture
@@ -102,13 +102,3 @@ def test_verdicts(lossless, words, bad):
 def test_counts():
     numbers = (0, 950, 2_100_000, 100_000, 70_600_000_000, 8_030_000_000, 999_900)
     assert list(map(count, numbers)) == ["0", "950", "2.1M", "100k", "70.6B", "8.03B", "1M"]
-
-
-def test_markdown_is_rectangular_and_escaped(make_rows):
-    rows = make_rows(tasks=("a|b",))
-    lines = markdown_table(rows).splitlines()
-    cells = [line.replace("\\|", "").count("|") for line in lines]
-    assert len(set(cells)) == 1 and len(lines) == 2 + len(rows)
-    assert "a\\|b" in lines[2]
-    assert set(lines[1]) <= set("|:- ")
-    assert f"{rows[1]['tau']:.2f}" in lines[3]

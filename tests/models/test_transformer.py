@@ -1,6 +1,7 @@
 """The forward pass against a float64 NumPy oracle, and against itself in every form it has."""
 
 import functools
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from families import FAMILIES, weights, write_folder
 from specjax.cache import causal_cache_mask, empty_cache, tree_cache_mask
 from specjax.models.config import read_config
 from specjax.models.hf import load_params
+from specjax.models.layers import recomputed_layers
 from specjax.models.transformer import (
     causal_mask,
     forward,
@@ -211,7 +213,8 @@ def test_rematerialisation_gives_the_same_gradients(model):
     short = params["unrolled"] | {"layers": params["unrolled"]["layers"][:1]}
 
     def loss(params, remat):
-        out = forward(params, config, tokens, remat=remat, taps=(0,))
+        with recomputed_layers() if remat else nullcontext():
+            out = forward(params, config, tokens, taps=(0,))
         logits = logits_of(params, out.hidden_BxTxD)
         return jax.nn.logsumexp(logits, axis=-1).mean() + (out.taps_BxTxM**2).mean()
 

@@ -71,7 +71,7 @@ def test_every_recipe_s_drafters_exist_with_every_tree(name, preset):
         vocab_size=3072, hidden_size=32, intermediate_size=64, num_layers=6, num_heads=4,
         num_kv_heads=2, head_dim=8,
     )  # fmt: skip
-    assert len(config.drafters)
+    assert config.name == name and len(config.drafters)
     for cfg in config.drafters.values():
         drafter = DRAFTERS[cfg.drafter].of(target, cfg.init.to_dict())
         for budget in budgets_of(cfg):

@@ -4,14 +4,15 @@ import contextlib
 import sys
 import time
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from specjax.processes import is_first
 
 
 def say(message: str = ""):
     """Prints on process 0."""
-    if jax.process_index() == 0:
+    if is_first():
         print(message, flush=True)
 
 
@@ -24,7 +25,7 @@ def duration(seconds: float) -> str:
 @contextlib.contextmanager
 def progress(title: str, total: int, done: int = 0):
     """Yields advance(count=1, note=""): a live bar on a terminal, else a line every 20%."""
-    if jax.process_index() != 0 or total <= done:
+    if not is_first() or total <= done:
         yield lambda count=1, note="": None
         return
     if sys.stdout.isatty():
