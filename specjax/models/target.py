@@ -32,10 +32,10 @@ def _sample(params, num_layers: int):
     A few tell models apart, a merged adapter's too. Listed and stacked layers give the same.
     """
     layers, ids = params["layers"], sorted({0, num_layers // 2, num_layers - 1})
-    if isinstance(layers, list | tuple):
-        some = [jax.tree.map(lambda w: w[:8], layers[i]) for i in ids]
-    else:
+    if transformer.is_stacked(params):
         some = [jax.tree.map(lambda w, i=i: w[i, :8], layers) for i in ids]
+    else:
+        some = [jax.tree.map(lambda w: w[:8], layers[i]) for i in ids]
     ends = (
         params["final_norm"]["scale"],
         *(params[k][:64] for k in ("embed", "head") if k in params),
