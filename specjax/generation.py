@@ -1,6 +1,8 @@
 """`generate`: convenience over the pure functions below it."""
 
 import dataclasses
+import operator
+import reprlib
 from collections.abc import Sequence
 
 import jax
@@ -10,7 +12,7 @@ import numpy as np
 from specjax import decoding
 from specjax.drafters import Drafter, Vanilla
 from specjax.models.target import Target
-from specjax.sampling import GREEDY, Sampling
+from specjax.sampling import GREEDY, Sampling, seed_key
 from specjax.sharding import DecodeLayout, fetch
 from specjax.trained import TrainedDrafter
 from specjax.verification import Rule, get_rule
@@ -49,7 +51,8 @@ def encode_prompts(target: Target, prompts: Sequence) -> list[list[int]]:
     """Token ids of each prompt: strings get the tokenizer's special tokens, ids pass through.
 
     Raises:
-      ValueError: an empty prompt, or ids outside the vocabulary.
+      ValueError: an empty prompt, one that is neither text nor token ids, or ids outside the
+        vocabulary.
     """
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise ValueError("prompts: a list of strings or of token-id lists is expected")
@@ -64,17 +67,31 @@ def encode_prompts(target: Target, prompts: Sequence) -> list[list[int]]:
                 raise ValueError(f"prompts[{i}]: empty")
             ids = list(target.tokenizer(prompt)["input_ids"])
         else:
-            ids = [int(t) for t in prompt]
+            expected = "a string or a list of token ids (one prompt of ids is [[1, 2]])"
+            ids = _list(prompt, f"prompts[{i}]", expected)
         if not ids:
             raise ValueError(f"prompts[{i}]: empty")
-        bad = [t for t in ids if not 0 <= t < target.config.vocab_size]
-        if bad:
-            raise ValueError(
-                f"prompts[{i}]: token {bad[0]} is outside the vocabulary of "
-                f"{target.config.vocab_size}"
-            )
-        encoded.append(ids)
+        encoded.append([_token(t, target, f"prompts[{i}]") for t in ids])
     return encoded
+
+
+def _list(values, field: str, expected: str) -> list:
+    try:
+        return list(values)
+    except TypeError:
+        raise ValueError(f"{field}: {reprlib.repr(values)} is not {expected}") from None
+
+
+def _token(value, target: Target, field: str) -> int:
+    try:
+        token = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{field}: {reprlib.repr(value)} is not a token id") from None
+    if not 0 <= token < target.config.vocab_size:
+        raise ValueError(
+            f"{field}: token {token} is outside the vocabulary of {target.config.vocab_size}"
+        )
+    return token
 
 
 def settled(definition: Drafter, sampling: Sampling, rule: str | Rule | None = None):
@@ -105,8 +122,13 @@ def make_engine(
     """(engine, parameters) for a target with a drafter (None: plain decoding).
 
     Raises:
-      ValueError: a drafter of another target, an unknown rule, a rule that refuses the settings.
+      ValueError: a drafter that is none or is another target's, a stop token outside the
+        vocabulary, an unknown rule, a rule that refuses the settings.
     """
+    if not isinstance(drafter, TrainedDrafter | None):
+        raise ValueError(
+            f"drafter: {reprlib.repr(drafter)} is not one; init_drafter or load_drafter makes one"
+        )
     definition = Vanilla(target.config) if drafter is None else drafter.definition
     if drafter is not None and drafter.fingerprint != target.fingerprint:
         raise ValueError(
@@ -114,7 +136,10 @@ def make_engine(
             f"{drafter.fingerprint}, {target.name} has {target.fingerprint})"
         )
     definition, rule = settled(definition, sampling, rule)
-    stops = target.config.eos_token_ids if stop_tokens is None else tuple(stop_tokens)
+    stops = target.config.eos_token_ids
+    if stop_tokens is not None:
+        given = enumerate(_list(stop_tokens, "stop_tokens", "a list of token ids"))
+        stops = tuple(_token(t, target, f"stop_tokens[{i}]") for i, t in given)
     layout = None if target.mesh is None else layout_of(target.mesh, drafter)
     engine = decoding.Engine(target.config, definition, rule, sampling, stops, layout)
     return engine, {"target": target.params, "drafter": {} if drafter is None else drafter.params}
@@ -128,13 +153,14 @@ def layout_of(mesh, drafter: TrainedDrafter | None) -> DecodeLayout:
 
 def request_keys(seed: int, count: int, first: int = 0):
     """One random key per request: the same request draws the same noise in any batch."""
-    base = jax.random.key(seed)
+    base = seed_key(seed)
     return jax.vmap(lambda i: jax.random.fold_in(base, i))(first + jnp.arange(count))
 
 
 def cache_slots(engine, longest_prompt: int, max_new_tokens: int) -> int:
     """S for a request: what it can fill, in steps of 64 (every round reads all of them)."""
-    needed = longest_prompt + max_new_tokens + engine.scratch
+    longest_text = min(longest_prompt + max_new_tokens, engine.config.max_position_embeddings)
+    needed = longest_text + engine.scratch
     return max(-(-needed // 64) * 64, bucket(longest_prompt))
 
 
@@ -160,7 +186,7 @@ def start(
     if longest >= limit:
         i = int(lengths.argmax())
         raise ValueError(f"prompts[{i}]: {longest} tokens do not fit a context of {limit}")
-    limits = np.minimum(max_new_tokens, limit - lengths).astype(np.int32)
+    limits = np.minimum(min(max_new_tokens, limit), limit - lengths).astype(np.int32)
     padded = pad_to_bucket(prompts, length)
     slots = max(slots, cache_slots(engine, longest, max_new_tokens), padded.shape[1])
     # Every round emits a token, so there are never more rounds than slots; counting them by
@@ -252,12 +278,13 @@ def generate(
       drafter: from `init_drafter` or `load_drafter`.
       max_new_tokens: at least 1; a row also stops when the context is full.
       temperature, top_k, top_p: see `sampling.Sampling`; 0, 0, 1 is greedy.
-      seed: of the sampling noise.
+      seed: of the sampling noise, 0 to 2**32 - 1.
       stop_tokens: None = the config's end-of-sequence ids, () = none.
       rule: None (the drafter's default), a name or a rule; exact rules are greedy at temperature 0.
 
     Raises:
-      ValueError: a prompt that is empty or longer than the context, or a setting out of range.
+      ValueError: a prompt that is empty or longer than the context, or a setting out of range
+        (names the argument).
     """
     if int(max_new_tokens) != max_new_tokens or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} must be an integer >= 1")

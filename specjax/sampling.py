@@ -6,6 +6,7 @@ and costs 32 passes over one row.
 
 import dataclasses
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,21 @@ class Sampling:
 
 
 GREEDY = Sampling()
+
+
+def seed_key(seed: int):
+    """The random key of a seed, which has 32 bits: a longer one would be cut to another seed's.
+
+    Raises:
+      ValueError: not a whole number, or one of more bits.
+    """
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise ValueError(f"seed: {seed!r} is not a whole number") from None
+    if not 0 <= number < 2**32:
+        raise ValueError(f"seed: {number} must be in [0, 2**32)")
+    return jax.random.key(number)
 
 
 def argmax(x, axis: int = -1):

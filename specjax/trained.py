@@ -15,10 +15,16 @@ from specjax.drafters import DRAFTERS, Drafter
 from specjax.drafters.base import join_buffers, split_buffers
 from specjax.files import write_safetensors, write_text
 from specjax.interchange import import_drafter, is_foreign
-from specjax.models.checkpoint import WEIGHT_DTYPES, Checkpoint
+from specjax.interchange.folder import section
+from specjax.models.checkpoint import INDEX, SINGLE, WEIGHT_DTYPES, Checkpoint
 from specjax.models.config import ModelConfig, read_json
 from specjax.models.target import Target
+from specjax.sampling import seed_key
 from specjax.sharding import MODEL_RULES, Rules, fetch, path_of, place, shardings
+
+FORMAT = "specjax"  # what config.json of a drafter of ours says
+# What may differ between a target and the record of it: nothing is computed from these.
+_ASIDE = {"model_type", "max_position_embeddings", "bos_token_id", "eos_token_ids"}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -54,19 +60,33 @@ class TrainedDrafter:
         return self if params is self.params else dataclasses.replace(self, params=params)
 
     def save(self, folder) -> None:
-        """Writes config.json and model.safetensors, each whole or not at all."""
+        """Writes config.json and model.safetensors, each whole or not at all.
+
+        Raises:
+          FileExistsError: the folder holds something else than a drafter that `save` wrote.
+        """
         folder = pathlib.Path(folder)
+        _check_ours(folder)
         leaves = jax.tree_util.tree_leaves_with_path(fetch(self.params))
         tensors = {path_of(k).replace("/", "."): v for k, v in leaves}
         write_safetensors(folder / "model.safetensors", tensors)
         record = {
-            "format": "specjax",
+            "format": FORMAT,
             "algorithm": self.name,
             "target_fingerprint": self.fingerprint,
             "drafter": {"target": dataclasses.asdict(self.definition.target)}
             | self.definition.plain(),
         }
         write_text(folder / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def _check_ours(folder: pathlib.Path) -> None:
+    """Refuses a folder of another kind: its files would be lost, or read in place of ours."""
+    config, index = folder / "config.json", folder / INDEX
+    if index.exists():
+        raise FileExistsError(f"{index}: the folder holds another model; a drafter has no index")
+    if config.exists() and read_json(config).get("format") != FORMAT:
+        raise FileExistsError(f"{config}: the folder holds another model, not a drafter of ours")
 
 
 def _family(name: str) -> type[Drafter]:
@@ -93,7 +113,7 @@ def _fresh(definition: Drafter, key, target_params, vocab_ids_W):
 
 def _init(definition: Drafter, target: Target, seed: int, vocab_ids_W=None):
     """Fresh parameters where they are to lie: on a mesh, no device ever holds them whole."""
-    args, layout = (jax.random.key(seed), target.params, vocab_ids_W), None
+    args, layout = (seed_key(seed), target.params, vocab_ids_W), None
     if target.mesh is not None:
         shapes = jax.eval_shape(functools.partial(_fresh, definition), *args)
         layout = _layout(definition, target.mesh, shapes)
@@ -128,13 +148,24 @@ def init_drafter(
         return _beside(target, definition, params)
     definition = _family(name).of(target.config, config)
     if vocab_ids is not None:
-        vocab_ids = np.sort(np.asarray(vocab_ids, np.int32))
-        size = getattr(definition, "draft_vocab_size", 0)
+        size, V = getattr(definition, "draft_vocab_size", 0), target.config.vocab_size
+        vocab_ids = _checked_ids(np.sort(np.asarray(vocab_ids)), V, "vocab_ids")
         if vocab_ids.shape != (size,) or len(np.unique(vocab_ids)) != size:
             raise ValueError(
                 f"vocab_ids: {vocab_ids.shape} distinct ids do not fit draft_vocab_size {size}"
             )
     return _beside(target, definition, _init(definition, target, seed, vocab_ids))
+
+
+def _checked_ids(ids_W, vocab_size: int, source: str):
+    """A draft vocabulary's ids as int32; ValueError, naming `source`, for what are no token ids."""
+    ids_W = np.asarray(ids_W)
+    if not np.issubdtype(ids_W.dtype, np.integer):
+        raise ValueError(f"{source}: whole numbers are expected, not {ids_W.dtype}")
+    outside = ids_W[(ids_W < 0) | (ids_W >= vocab_size)]
+    if outside.size:
+        raise ValueError(f"{source}: {outside[0]} is outside the vocabulary of {vocab_size}")
+    return ids_W.astype(np.int32)
 
 
 def _beside(target: Target, definition: Drafter, params) -> TrainedDrafter:
@@ -159,20 +190,20 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
     record = read_json(path)
     if is_foreign(record):
         return _beside(target, *import_drafter(folder, record, target))
-    try:
-        name = record["algorithm"]
-        fields = dict(record["drafter"])
-        config = ModelConfig.of(fields.pop("target"))
-        definition = _family(name).of(config, fields)
-        fingerprint = record["target_fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a drafter's config: {error!r}") from error
+    definition, fingerprint = _read_record(path, record)
     if fingerprint != target.fingerprint:
+        made_for = definition.target
         raise ValueError(
-            f"{folder}: made for another target (fingerprint {fingerprint}: "
-            f"{config.num_layers} layers of {config.hidden_size}, vocabulary {config.vocab_size}); "
-            f"{target.name} has fingerprint {target.fingerprint}"
+            f"{folder}: made for another target (fingerprint {fingerprint}: {made_for.num_layers} "
+            f"layers of {made_for.hidden_size}, vocabulary {made_for.vocab_size}); {target.name} "
+            f"has fingerprint {target.fingerprint}"
         )
+    for field in sorted({f.name for f in dataclasses.fields(ModelConfig)} - _ASIDE):
+        said, is_ = getattr(definition.target, field), getattr(target.config, field)
+        if said != is_:
+            raise ValueError(
+                f"{path}: drafter.target.{field}: {said!r}, but {target.name} has {is_!r}"
+            )
     like = jax.eval_shape(lambda p: definition.init(jax.random.key(0), p), target.params)
     checkpoint = Checkpoint(folder)
 
@@ -183,4 +214,23 @@ def load_drafter(folder, target: Target) -> TrainedDrafter:
         array = checkpoint.read(path_of(keys).replace("/", "."), leaf.shape, dtypes)
         return array.astype(leaf.dtype)
 
-    return _beside(target, definition, jax.tree_util.tree_map_with_path(read, like))
+    params = jax.tree_util.tree_map_with_path(read, like)
+    ids_W = split_buffers(params)[1].get("vocab_ids")
+    if ids_W is not None:
+        source = f"{checkpoint.folder / SINGLE}: buffers.vocab_ids"
+        _checked_ids(ids_W, target.config.vocab_size, source)
+    return _beside(target, definition, params)
+
+
+def _read_record(path: pathlib.Path, record: dict[str, Any]) -> tuple[Drafter, str]:
+    """(definition, fingerprint of its target) from what `save` wrote in a config.json."""
+    fields = section(record, path, "drafter")
+    geometry = section(fields, path, "target")
+    try:
+        family, fingerprint = _family(record["algorithm"]), record["target_fingerprint"]
+        fields = {k: v for k, v in fields.items() if k != "target"}
+        return family.of(ModelConfig.of(geometry), fields), fingerprint
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]}: missing") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a drafter's config: {error}") from error

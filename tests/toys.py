@@ -55,6 +55,13 @@ def toy_target(seed=264, tokenizer=None, **changes) -> Target:
 PROMPTS = [[1], [2, 3, 4], [5, 1, 8, 2, 6], [6, 7, 1, 2, 9, 10, 11, 3, 3]]
 
 
+def broken(params):
+    """The same parameters, every weight NaN."""
+    nan = lambda w: jnp.full_like(w, jnp.nan)  # noqa: E731
+    weight = lambda w: jnp.issubdtype(w.dtype, jnp.floating)  # noqa: E731
+    return jax.tree.map(lambda w: nan(w) if weight(w) else w, params)
+
+
 def greedy_continuations(target: Target, prompts, count: int, width: int = 64):
     """`count` greedy tokens after each prompt, one full causal forward a token, no cache."""
     tokens = np.zeros((len(prompts), width), np.int32)

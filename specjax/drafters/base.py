@@ -6,6 +6,7 @@ static argument of a jitted round. To add one, write a file with a subclass and 
 """
 
 import dataclasses
+import numbers
 from typing import Any, ClassVar
 
 import flax.struct
@@ -117,13 +118,18 @@ class Drafter:
         return cls(target, **{k: _field(v) for k, v in config.items()})
 
     @classmethod
-    def _check_fields(cls, names) -> None:
-        fields = {f.name for f in dataclasses.fields(cls)} - {"target", "proposal"}
-        unknown = sorted(set(names) - fields)
+    def _check_fields(cls, config) -> None:
+        fields = {f.name: f.type for f in dataclasses.fields(cls)}
+        fields = {k: v for k, v in fields.items() if k not in ("target", "proposal")}
+        unknown = sorted(set(config) - set(fields))
         if unknown:
             raise ValueError(
                 f"drafter {cls.name!r} has no field {unknown[0]!r}; it has {sorted(fields)}"
             )
+        for name, value in config.items():
+            kind, said = _NUMBERS.get(fields[name], (object, ""))
+            if not isinstance(value, kind):
+                raise ValueError(f"{name}: {value!r} must be {said}")
 
     def plain(self) -> dict[str, Any]:
         """Its configuration as JSON can hold it; the target's is kept apart."""
@@ -189,6 +195,9 @@ class Drafter:
         """
         self._check_fields(changes)
         return dataclasses.replace(self, **changes)
+
+
+_NUMBERS = {int: (numbers.Integral, "a whole number"), float: (numbers.Real, "a number")}
 
 
 def _field(value):

@@ -39,8 +39,13 @@ class Proposal:
 
 
 def log_law(logits, sampling: Sampling):
-    """log q over the last axis after the shared filter; -inf where nothing can be drawn."""
+    """log q over the last axis after the shared filter; -inf where nothing can be drawn.
+
+    A row without a finite maximum, as broken weights give, is the uniform law: the rules stay exact
+    only if what is recorded is what is drawn from.
+    """
     rows = logits.reshape(-1, logits.shape[-1])
+    rows = jnp.where(jnp.isfinite(jnp.max(rows, axis=-1, keepdims=True)), rows, 0.0)
     probs = jax.vmap(lambda row: filtered_probs(row, sampling))(rows).reshape(logits.shape)
     return jnp.where(probs > 0, jnp.log(jnp.where(probs > 0, probs, 1.0)), -jnp.inf)
 

@@ -17,6 +17,14 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")
 _KINDS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint"}  # I8 is int8
 Index = tuple[slice, ...]
+_PIECE = 1 << 16  # numbers looked at at once: the answer for each stays in the processor's cache
+
+
+def _finite(array: np.ndarray) -> bool:
+    """Whether all numbers are finite, with no second copy in memory."""
+    flat = array.reshape(-1)
+    pieces = (flat[i : i + _PIECE] for i in range(0, flat.size, _PIECE))
+    return all(np.isfinite(piece).all() for piece in pieces)
 
 
 class Checkpoint:
@@ -101,11 +109,14 @@ class Checkpoint:
         """One tensor, or the slices `index` of its axes: no other bytes are copied.
 
         Raises:
-          ValueError: as `check`.
+          ValueError: as `check`, or a number that is not finite.
         """
         self.check({name: shape}, dtypes)
         file = self._files[self.names[name]]
-        return file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        array = file.get_tensor(name) if index is None else file.get_slice(name)[index]
+        if not _finite(array):
+            raise ValueError(f"{self.folder / self.names[name]}: {name} holds NaN or infinity")
+        return array
 
     def put(self, name: str, shape: tuple[int, ...], sharding: Sharding | None = None) -> jax.Array:
         """One tensor on its devices, each reading its own slice when its turn comes.

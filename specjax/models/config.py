@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import numbers
 import pathlib
 from typing import Any
 
@@ -20,6 +21,12 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+
+
+_COUNTS = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads",
+    "head_dim", "max_position_embeddings",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,10 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self):
+        for field in _COUNTS:
+            value = getattr(self, field)
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{field}: {value!r} is not a positive whole number")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_heads} is not a multiple of "

@@ -279,7 +279,7 @@ def load_params(
     Raises:
       FileNotFoundError: a file is missing.
       ValueError: files are damaged, or a tensor is missing or not what `config` asks; nothing has
-        been read by then.
+        been read by then. Or a number that is not finite, found when it is read.
     """
     checkpoint = Checkpoint(folder)
     shapes = tensor_shapes(config)

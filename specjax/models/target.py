@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from specjax import sharding
 from specjax.models import transformer
@@ -24,6 +25,24 @@ def _logits(params, config, tokens_BxT):
     return transformer.logits_of(params, hidden)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _sample(params, num_layers: int):
+    """In bfloat16, rows of the embedding, the head and all that three layers consist of.
+
+    A few tell models apart, a merged adapter's too. Listed and stacked layers give the same.
+    """
+    layers, ids = params["layers"], sorted({0, num_layers // 2, num_layers - 1})
+    if transformer.is_stacked(params):
+        some = [jax.tree.map(lambda w, i=i: w[i, :8], layers) for i in ids]
+    else:
+        some = [jax.tree.map(lambda w: w[:8], layers[i]) for i in ids]
+    ends = (
+        params["final_norm"]["scale"],
+        *(params[k][:64] for k in ("embed", "head") if k in params),
+    )
+    return jax.tree.map(lambda w: w.astype(jnp.bfloat16), (some, ends))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Target:
     """What `load_target` returns."""
@@ -35,8 +54,27 @@ class Target:
     mesh: jax.sharding.Mesh | None = None
 
     def logits(self, tokens_BxT):
-        """Next-token logits BxTxV (float32) of plain causal decoding; tokens are int ids."""
-        return _logits(self.params, self.config, jnp.asarray(tokens_BxT, jnp.int32))
+        """Next-token logits BxTxV (float32) of plain causal decoding; tokens are int ids.
+
+        Raises:
+          ValueError: not rows of whole numbers, or ids outside the vocabulary. Ids that are on a
+            device already, or traced, are not looked at.
+        """
+        tokens, V = tokens_BxT, self.config.vocab_size
+        if not isinstance(tokens, jax.Array):
+            try:
+                tokens = np.asarray(tokens)
+            except ValueError as error:
+                raise ValueError(f"tokens: rows of one length are expected: {error}") from None
+            if tokens.dtype.kind in "iu" and np.any((tokens < 0) | (tokens >= V)):
+                outside = tokens[(tokens < 0) | (tokens >= V)][0]
+                raise ValueError(f"tokens: {outside} is outside the vocabulary of {V}")
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                f"tokens: BxT token ids are expected ([[1, 2]] is one row), not {tokens.dtype} of "
+                f"shape {tokens.shape}"
+            )
+        return _logits(self.params, self.config, jnp.asarray(tokens, jnp.int32))
 
     @property
     def num_params(self) -> int:
@@ -45,9 +83,9 @@ class Target:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies the weights a drafter was made for, whatever dtype they were loaded in."""
-        scale, embed = self.params["final_norm"]["scale"], self.params["embed"][:64]
-        bits = b"".join(sharding.fetch(w.astype(jnp.bfloat16)).tobytes() for w in (scale, embed))
+        """Identifies the weights a drafter was made for, however they were loaded."""
+        sample = sharding.fetch(_sample(self.params, self.config.num_layers))
+        bits = b"".join(w.tobytes() for w in jax.tree.leaves(sample))
         return hashlib.sha256(bits).hexdigest()[:16]
 
 

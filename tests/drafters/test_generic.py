@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from toys import (
     PROMPTS,
+    broken,
     greedy_continuations,
     prefilled,
     run_recording,
@@ -156,6 +157,16 @@ def test_greedy_output_is_the_target_s_own(case, expected):
     assert new_tokens(case.final) == expected
     assert any(tokens[-1] in STOPS for tokens in expected)  # some stop, some run to the limit
     assert any(len(tokens) == limit for tokens, limit in zip(expected, LIMITS, strict=True))
+
+
+def test_broken_weights_cost_speed_and_nothing_else(case, expected):
+    if not jax.tree.leaves(case.drafter.params):
+        pytest.skip("this drafter has no weights")
+    params = case.params | {"drafter": broken(case.drafter.params)}
+    state = decoding.run_host(
+        case.engine, params, prefilled(case.engine, params, PROMPTS, LIMITS, WIDTH, SLOTS)
+    )
+    assert new_tokens(jax.device_get(state.replace(keys_B=None))) == expected
 
 
 def test_something_is_accepted(case):

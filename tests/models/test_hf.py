@@ -291,6 +291,31 @@ def test_shape_mismatch(folder, name):
     fails(folder, shard.name, name, str(tensors[name].shape))
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf], ids=str)
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_a_number_that_is_not_finite(folder, dtype, value):
+    name = "model.layers.0.mlp.up_proj.weight"
+    shard = shard_of(folder, name)
+    tensors = load_file(shard)
+    tensors[name] = tensors[name].astype(dtype)
+    tensors[name][-1, -1] = value
+    save_file(tensors, shard)
+    fails(folder, shard.name, name, "NaN or infinity")
+
+
+def test_a_slice_is_answerable_for_itself(tmp_path):
+    """Sharded loading reads slices; each is looked at, to its very end, and nothing beside it."""
+    table = np.zeros((3, 70_000), np.float32)
+    table[2, -1] = np.nan
+    save_file({"table": table}, tmp_path / "model.safetensors")
+    read = lambda *rows: Checkpoint(tmp_path).read(  # noqa: E731
+        "table", table.shape, index=(slice(*rows), slice(0, 70_000))
+    )
+    np.testing.assert_array_equal(read(0, 2), 0)
+    with pytest.raises(ValueError, match="model.safetensors: table holds NaN"):
+        read(2, 3)
+
+
 def test_quantised_tensor(folder):
     name = "model.layers.0.mlp.up_proj.weight"
     shard = shard_of(folder, name)

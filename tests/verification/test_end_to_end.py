@@ -4,6 +4,7 @@ Thousands of requests with one prompt run in one batch; a chi-square test compar
 joint law computed from the target's own logits, one causal forward over every prefix.
 """
 
+import dataclasses
 import functools
 import itertools
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import laws
 import numpy as np
 import pytest
-from toys import toy_target
+from toys import broken, toy_target
 
 import specjax
 from specjax import decoding, generation
@@ -162,6 +163,18 @@ def test_the_joint_law_of_the_first_tokens(target, drafter, joint, run):
     rounds = np.array([len(a) - 1 for a in accepts])  # prefill's token is not a round's
     assert np.mean(rounds >= 3) > 0.3 and np.mean(rounds < NEW - 1) > 0.1
     assert max(max(a) for a in accepts) == 3  # whole drafts are accepted, and an extra token
+    for first, last in ((0, 4), (2, NEW)):
+        p_value = laws.chi_square(*marginal(joint(sampling), tokens, first, last))
+        assert p_value > 1e-2 / (2 * len(RUNS)), (first, last)
+
+
+@pytest.mark.parametrize("run", [marked(run) for run in RUNS if name_of(run) in QUICK])
+def test_broken_weights_keep_the_law(target, drafter, joint, run):
+    """Weights that are NaN everywhere draft from some law, and the rules are told that one."""
+    name, parameters, drafter_name, shapes, sampling = run
+    whole = drafter(drafter_name, tuple(shapes[drafter_name].items()))
+    nans = dataclasses.replace(whole, params=broken(whole.params))
+    tokens, _ = generated(target, nans, sampling, get_rule(name, **parameters), RUNS.index(run))
     for first, last in ((0, 4), (2, NEW)):
         p_value = laws.chi_square(*marginal(joint(sampling), tokens, first, last))
         assert p_value > 1e-2 / (2 * len(RUNS)), (first, last)
