@@ -8,7 +8,7 @@ import time
 
 from specjax.files import write_text
 from specjax.processes import is_first
-from specjax.training.progress import say
+from specjax.progress import say
 
 
 def finite(value):
