@@ -1,6 +1,7 @@
 """Train every drafter of a config for one target, decode with all of them, write the run folder."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -39,10 +40,11 @@ from specjax.evaluation.spec_bench import answers_name, write_answers
 from specjax.evaluation.tables import print_table
 from specjax.generation import init_drafter
 from specjax.models.target import Target, load_target
-from specjax.processes import is_first
+from specjax.processes import is_first, together
 from specjax.training.acceptance import fit_acceptance, wants_acceptance_head
 from specjax.training.drafter import TauProbe, TrainingCost, train_drafter
 from specjax.training.metrics import MetricsLog
+from specjax.training.preemption import stop_if_due
 from specjax.training.progress import duration, say
 
 
@@ -63,26 +65,26 @@ class Bench:
 
 def prepare(config: ConfigDict, folder) -> Bench:
     """Loads the target, makes the training data and reads the prompts."""
-    metrics = MetricsLog(folder / "metrics.jsonl", config.tensorboard)
+    metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", config.tensorboard))
     mesh = sharding.make_mesh(config.mesh)
-    sharded = mesh.size > 1
+    limit = config.eval.prompts or None
     if config.train.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(
             f"train.batch_size: {config.train.batch_size} rows do not divide over the mesh's data "
             f"x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} devices"
         )
     tasks = {
-        task: load_prompts(
-            task, limit=config.eval.prompts or None, data_dir=config.data.data_dir or None
-        )
+        task: together(functools.partial(load_prompts, task, limit, config.data.data_dir or None))
         for task in config.eval.tasks
     }
-    target = load_target(
-        config.target.name,
-        config.target.dtype,
-        mesh if sharded else None,
-        config.target.scan_layers,
-        config.sharding_rules,
+    target = together(
+        lambda: load_target(
+            config.target.name,
+            config.target.dtype,
+            mesh if mesh.size > 1 else None,
+            config.target.scan_layers,
+            config.sharding_rules,
+        )
     )
     prompts, rows = training_data(config, target, folder)
     variants = [
@@ -214,8 +216,9 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
             if stops:
                 drafter, _ = fit_acceptance(target, drafter, rows, cfg.acceptance_steps, seed=seed)
         drafter = drafter.with_budget(**with_best_paths(bench, drafter, tree))
-        drafter.save(bench.folder / "drafters" / within / name)
+        together(functools.partial(drafter.save, bench.folder / "drafters" / within / name))
         methods.append(Method(name, drafter, cost, config.eval.rule or None))
+        stop_if_due(f"{name} is trained and saved")
     return methods
 
 
@@ -237,6 +240,7 @@ def calibrated(bench: Bench, methods) -> tuple[list[Method], list[str]]:
         )
         drafter = method.drafter.with_budget(**trials[0].budget)
         best.append(dataclasses.replace(method, name=f"{method.name}/best", drafter=drafter))
+        stop_if_due("drafters are trained and saved")
     return best, notes
 
 
@@ -248,6 +252,7 @@ def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list
     config, target, results, samples = bench.config, bench.target, [], {}
     for task, prompts in bench.tasks.items():
         for temperature in config.eval.temperatures:
+            stop_if_due("drafters are trained and saved")
             settings = dataclasses.replace(protocol(config, task, temperature), seed=seed)
             runs = benchmark(
                 target, methods, prompts, settings, config.eval.timing_repeats, bench.shapes[task]
@@ -260,7 +265,7 @@ def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list
                 name = answers_name(run.method, temperature)
                 model_id = f"specjax-{name.removesuffix('.jsonl')}"
                 parent = bench.folder / "answers" / (task if len(bench.tasks) > 1 else "") / within
-                write_answers(parent / name, run, model_id)
+                together(functools.partial(write_answers, parent / name, run, model_id))
                 if not run.is_vanilla and temperature == 0:
                     samples.setdefault(run.method, sample(target, run, prompts))
     return results, list(samples.values())

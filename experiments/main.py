@@ -65,6 +65,7 @@ def main(argv):
     overrides = config_flags.get_override_values(flags.FLAGS["config"])
     processes.check_same("--config", json.dumps(plain(config), sort_keys=True))
     folder = pathlib.Path(processes.first(lambda: str(open_run(_WORKDIR.value, config, overrides))))
+    processes.check_shared("--workdir", folder)
     leave_on_sigterm()
     profiling.enable(folder / "profile", _PROFILE.value)
     say(f"{config.name}: run folder {folder}")
