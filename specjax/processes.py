@@ -27,7 +27,9 @@ def join(
 ) -> None:
     """Joins the processes of one run; call it before anything else uses jax.
 
-    On TPU pods, Slurm, Kubernetes and Open MPI the arguments are found by jax.
+    On TPU pods, Slurm, Kubernetes and Open MPI the arguments are found by jax. Under Slurm and Open
+    MPI it then shows a process one GPU, by the process's number on its host, unless
+    JAX_LOCAL_DEVICE_IDS in the environment names others.
 
     Args:
       coordinator: HOST:PORT of process 0.
