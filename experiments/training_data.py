@@ -37,7 +37,7 @@ def protocol(config: ConfigDict, task: str, temperature: float) -> Protocol:
     )
 
 
-def read_prompts(config: ConfigDict) -> list[Prompt]:
+def prompts_of(config: ConfigDict) -> list[Prompt]:
     """`data.prompts`; what one process cannot read is an error in all."""
     cfg = config.data
     return processes.together(
@@ -48,7 +48,7 @@ def read_prompts(config: ConfigDict) -> list[Prompt]:
 def training_prompts(config: ConfigDict, target: Target) -> list[list[int]]:
     """Token ids of the training prompts, cut from the left."""
     cfg = config.data
-    prompts = read_prompts(config)
+    prompts = prompts_of(config)
     settings = protocol(config, "train", 0.0)
     return cut_left([prompt_ids(target, p, [], settings) for p in prompts], cfg.max_prompt_tokens)
 
@@ -106,7 +106,7 @@ def text_rows(config: ConfigDict, target: Target, ids) -> dict[str, np.ndarray]:
     if cfg.conversations:
         return pad_marked(dialogues(config, target), cfg.length)
     joint = "" if config.eval.chat_template.use else "\n"
-    prompts = read_prompts(config)
+    prompts = prompts_of(config)
     for prompt, row in zip(prompts, ids, strict=True):
         answer = joint + prompt.reference if prompt.reference else ""
         new = target.tokenizer(answer, add_special_tokens=False)["input_ids"]

@@ -149,9 +149,14 @@ def check_shared(name: str, folder: str | os.PathLike, seconds: float = 5.0) -> 
     """
     if jax.process_count() == 1:
         return
-    # A name that nobody can have looked for before: "not there" is remembered too.
-    token = pathlib.Path(folder) / first(lambda: f".seen-{secrets.token_hex(8)}")
-    first(token.touch)
+
+    def mark() -> str:
+        # Nobody can have looked for this name before: "not there" is remembered too.
+        name = f".seen-{secrets.token_hex(8)}"
+        (pathlib.Path(folder) / name).touch()
+        return name
+
+    token = pathlib.Path(folder) / first(mark)
     deadline = time.monotonic() + seconds
     while not (seen := os.access(token, os.R_OK)) and time.monotonic() < deadline:
         time.sleep(0.1)
