@@ -68,7 +68,7 @@ def test_two_processes_that_see_different_things_agree(tmp_path):
         )
         for i in range(2)
     ]  # fmt: skip
-    for index, out in enumerate([process.communicate(timeout=120)[0] for process in started]):
+    for index, out in enumerate([process.communicate(timeout=300)[0] for process in started]):
         found = json.loads(out.partition("found ")[2].partition("\n")[0])
         assert found.pop("everyones") == ["é", "éé"]
         assert found.pop("same folder") is None
