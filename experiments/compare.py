@@ -1,6 +1,7 @@
 """Train every drafter of a config for one target, decode with all of them, write the run folder."""
 
 import dataclasses
+import functools
 import itertools
 import os
 import pathlib
@@ -40,7 +41,8 @@ from specjax.evaluation.run_folder import write_samples
 from specjax.evaluation.spec_bench import answers_name, write_answers
 from specjax.evaluation.tables import print_table
 from specjax.models.target import Target, load_target
-from specjax.processes import is_first
+from specjax.preemption import stop_if_due
+from specjax.processes import is_first, together
 from specjax.progress import duration, say
 from specjax.trained import init_drafter
 from specjax.training.acceptance import fit_acceptance, wants_acceptance_head
@@ -71,26 +73,26 @@ def prepare(config: ConfigDict, folder) -> Bench:
       Refused: the config asks for what cannot be, training and decoding included.
     """
     check_config(config)
-    metrics = MetricsLog(folder / "metrics.jsonl", config.tensorboard)
+    metrics = together(lambda: MetricsLog(folder / "metrics.jsonl", config.tensorboard))
     mesh = sharding.make_mesh(config.mesh)
-    sharded = mesh.size > 1
+    limit = config.eval.prompts or None
     if config.train.batch_size % (mesh.shape["data"] * mesh.shape["fsdp"]):
         raise ValueError(
             f"train.batch_size: {config.train.batch_size} rows do not divide over the mesh's data "
             f"x fsdp = {mesh.shape['data']} x {mesh.shape['fsdp']} devices"
         )
     tasks = {
-        task: load_prompts(
-            task, limit=config.eval.prompts or None, data_dir=config.data.data_dir or None
-        )
+        task: together(functools.partial(load_prompts, task, limit, config.data.data_dir or None))
         for task in config.eval.tasks
     }
-    target = load_target(
-        config.target.name,
-        config.target.dtype,
-        mesh if sharded else None,
-        config.target.scan_layers,
-        config.sharding_rules,
+    target = together(
+        lambda: load_target(
+            config.target.name,
+            config.target.dtype,
+            mesh if mesh.size > 1 else None,
+            config.target.scan_layers,
+            config.sharding_rules,
+        )
     )
     check_prompts(config, target, tasks)
     prompts, rows = training_data(config, target, folder)
@@ -218,8 +220,9 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
             if stops:
                 drafter, _ = fit_acceptance(target, drafter, rows, cfg.acceptance_steps, seed=seed)
         drafter = drafter.with_budget(**with_best_paths(bench, drafter, tree))
-        drafter.save(bench.folder / "drafters" / within / name)
+        together(functools.partial(drafter.save, bench.folder / "drafters" / within / name))
         methods.append(Method(name, drafter, cost, config.eval.rule or None))
+        stop_if_due(f"{name} is trained and saved")
     return methods
 
 
@@ -241,6 +244,7 @@ def calibrated(bench: Bench, methods) -> tuple[list[Method], list[str]]:
         )
         drafter = method.drafter.with_budget(**trials[0].budget)
         best.append(dataclasses.replace(method, name=f"{method.name}/best", drafter=drafter))
+        stop_if_due("drafters are trained and saved")
     return best, notes
 
 
@@ -252,6 +256,7 @@ def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list
     config, target, results, samples, answers = bench.config, bench.target, [], {}, {}
     for task, prompts in bench.tasks.items():
         for temperature in config.eval.temperatures:
+            stop_if_due("drafters are trained and saved")
             settings = dataclasses.replace(protocol(config, task, temperature), seed=seed)
             runs = benchmark(
                 target, methods, prompts, settings, config.eval.timing_repeats, bench.shapes[task]
@@ -264,7 +269,8 @@ def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list
                 name = answers_name(run.method, temperature)
                 model_id = f"specjax-{name.removesuffix('.jsonl')}"
                 answers.setdefault(name, []).append(run)  # the file grows by a task at a time
-                write_answers(bench.folder / "answers" / within / name, answers[name], model_id)
+                path = bench.folder / "answers" / within / name
+                together(functools.partial(write_answers, path, answers[name], model_id))
                 if not run.is_vanilla and temperature == 0:
                     samples.setdefault(run.method, sample(target, run, prompts))
     return results, list(samples.values())

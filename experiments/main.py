@@ -45,8 +45,8 @@ def main():
     from absl import logging
 
     from specjax import processes, profiling
+    from specjax.preemption import Preempted, leave_on_sigterm
     from specjax.progress import say
-    from specjax.training.preemption import Preempted, leave_on_sigterm
     from specjax.training.run import open_run, plain
 
     verbose = logging.get_verbosity() == logging.DEBUG
@@ -73,6 +73,7 @@ def main():
                 processes.check_same("--config", json.dumps(plain(config), sort_keys=True))
                 opened = processes.first(lambda: str(open_run(_WORKDIR.value, config, overrides)))
                 folder = pathlib.Path(opened)
+                processes.check_shared("--workdir", folder)
                 held.enter_context(processes.only_writer(folder))
             leave_on_sigterm()
             profiling.enable(folder / "profile", _PROFILE.value)

@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
-from specjax import sharding
+from specjax import processes, sharding
 from specjax.data.conversations import read_conversations
 from specjax.data.dialogues import contexts_of, given_dialogues, regenerated_dialogues
 from specjax.data.feature_cache import FeatureCache, with_features
-from specjax.data.prompts import load_prompts
+from specjax.data.prompts import Prompt, load_prompts
 from specjax.data.regenerate import regenerate
 from specjax.data.rows import Rows, pack_rows, pad_marked, pad_rows
 from specjax.evaluation.benchmark import Protocol, cut_left, prompt_ids
@@ -34,10 +34,18 @@ def protocol(config: ConfigDict, task: str, temperature: float) -> Protocol:
     )
 
 
+def prompts_of(config: ConfigDict) -> list[Prompt]:
+    """`data.prompts`; what one process cannot read is an error in all."""
+    cfg = config.data
+    return processes.together(
+        lambda: load_prompts(cfg.prompts, limit=cfg.count, data_dir=cfg.data_dir or None)
+    )
+
+
 def training_prompts(config: ConfigDict, target: Target) -> list[list[int]]:
     """Token ids of the training prompts, cut from the left."""
     cfg = config.data
-    prompts = load_prompts(cfg.prompts, limit=cfg.count, data_dir=cfg.data_dir or None)
+    prompts = prompts_of(config)
     settings = dataclasses.replace(
         protocol(config, "train", 0.0), max_prompt_tokens=cfg.max_prompt_tokens
     )
@@ -60,8 +68,10 @@ def dialogues(config: ConfigDict, target: Target, folder=None) -> list:
       (token ids, which of them are trained on) pairs.
     """
     cfg, template = config.data, config.eval.chat_template.name or None
-    found, skipped = read_conversations(
-        cfg.conversations, cfg.count, cfg.skip_damaged, cfg.data_dir or None
+    found, skipped = processes.together(
+        lambda: read_conversations(
+            cfg.conversations, cfg.count, cfg.skip_damaged, cfg.data_dir or None
+        )
     )
     if skipped:
         say(f"data: {len(skipped)} damaged rows skipped, the first: {skipped[0]}")
@@ -91,7 +101,7 @@ def text_rows(config: ConfigDict, target: Target, ids) -> dict[str, np.ndarray]:
     if cfg.conversations:
         return pad_marked(dialogues(config, target), cfg.length)
     joint = "" if config.eval.chat_template.use else "\n"
-    prompts = load_prompts(cfg.prompts, limit=cfg.count, data_dir=cfg.data_dir or None)
+    prompts = prompts_of(config)
     for prompt, row in zip(prompts, ids, strict=True):
         answer = joint + prompt.reference if prompt.reference else ""
         new = target.tokenizer(answer, add_special_tokens=False)["input_ids"]
@@ -126,7 +136,9 @@ def batches(bench, name: str, cfg: ConfigDict, seed: int, within: str, taps=(), 
     share = sharding.process_share(bench.mesh, cfg.batch_size)
     stream = Rows(rows, cfg.batch_size, seed, *((0, 1) if written or whole else share))
     if cfg.cache_features:
-        cache = FeatureCache(cfg.cache_features, target, taps, rows, cfg.batch_size)
+        cache = processes.together(
+            lambda: FeatureCache(cfg.cache_features, target, taps, rows, cfg.batch_size)
+        )
         return with_features(stream, cache)
     if not written:
         return stream.batch

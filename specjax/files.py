@@ -1,13 +1,15 @@
 """Writing files so that a reader sees the old one or the new one, never half of it.
 
-With several processes only the first one writes: what the others hand in here is dropped.
+With several processes only the first one writes: what the others hand in here is dropped, and
+`replacing` is for the first alone.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+import numpy as np
 
 from specjax.processes import is_first
 
@@ -20,10 +22,6 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     system. Raises OSError naming `path` (a full disk, say) and then leaves the old file as it was
     and no temporary file behind.
     """
-    if not is_first():
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder) / "dropped"
-        return
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -40,14 +38,26 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Replaces `path` with `text` (UTF-8) in one step, making its folder where needed."""
+    if not is_first():
+        return
     with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
 
 
+def write_npz(path: str | os.PathLike, **arrays) -> None:
+    """Replaces `path` with NumPy's archive of these arrays in one step."""
+    if not is_first():
+        return
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
 def write_safetensors(path: str | os.PathLike, tensors: dict) -> None:
     """Replaces `path` with a safetensors file of NumPy arrays in one step."""
+    if not is_first():
+        return
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 

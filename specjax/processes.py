@@ -10,6 +10,8 @@ import fcntl
 import json
 import os
 import pathlib
+import secrets
+import time
 from collections.abc import Callable
 
 import jax
@@ -25,7 +27,9 @@ def join(
 ) -> None:
     """Joins the processes of one run; call it before anything else uses jax.
 
-    On TPU pods, Slurm, Kubernetes and Open MPI the arguments are found by jax.
+    On TPU pods, Slurm, Kubernetes and Open MPI the arguments are found by jax. Under Slurm and Open
+    MPI it then shows a process one GPU, by the process's number on its host, unless
+    JAX_LOCAL_DEVICE_IDS in the environment names others.
 
     Args:
       coordinator: HOST:PORT of process 0.
@@ -67,42 +71,70 @@ def first(do: Callable):
     """
     if jax.process_count() == 1:
         return do()
-    outcome = None
-    if is_first():
-        try:
-            outcome = {"value": do()}
-        except Exception as error:  # told to all, then raised by all
-            outcome = {"error": str(error), "kind": type(error).__name__}
-    outcome = _told(outcome)
-    if "error" in outcome:
-        kinds = {"ValueError": ValueError, "OSError": OSError, "FileNotFoundError": OSError}
-        raise kinds.get(outcome["kind"], RuntimeError)(outcome["error"])
-    return outcome["value"]
+    value, own = _tried(do) if is_first() else (None, None)
+    value, error = everyones([value, _told(own)])[0]
+    if error:
+        raise _raised(*error) from own
+    return value
 
 
-def _told(value):
-    """Process 0's JSON value in every process."""
-    data = np.frombuffer(json.dumps(value).encode(), np.uint8) if is_first() else np.zeros(0)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    padded = np.zeros(size, np.uint8)
-    padded[: len(data)] = data
-    return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded)).tobytes())
+def together(do: Callable):
+    """What `do` returns here, once it has returned in every process.
 
+    In `do` nothing that one process alone can fail may come ahead of what all do together: the
+    others would wait for it there.
 
-def everywhere(holds: bool) -> bool:
-    """Whether something holds in every process."""
+    Raises:
+      What `do` raised in any process, in every process, which it names (kinds as for `first`).
+    """
     if jax.process_count() == 1:
-        return holds
-    return bool(np.all(multihost_utils.process_allgather(np.array([holds]))))
+        return do()
+    value, own = _tried(do)
+    errors = everyones(_told(own))
+    failed = [i for i, other in enumerate(errors) if other]
+    if failed:
+        kind, text = errors[failed[0]]
+        alike = all(other == errors[0] for other in errors)
+        raise _raised(kind, text if alike else f"process {failed[0]}: {text}") from own
+    return value
+
+
+def everyones(value) -> list:
+    """The JSON value of every process, in every process."""
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array([len(data)], np.int32)).reshape(-1)
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [
+        json.loads(row[:size].tobytes())
+        for row, size in zip(rows.reshape(len(sizes), -1), sizes, strict=True)
+    ]
+
+
+def _tried(do: Callable):
+    """(what `do` returned, what it raised), of which one is None."""
+    try:
+        return do(), None
+    except Exception as error:  # told to all, then raised by all
+        return None, error
+
+
+def _told(error: Exception | None) -> list[str] | None:
+    return error and [type(error).__name__, str(error) or type(error).__name__]
+
+
+def _raised(kind: str, text: str) -> Exception:
+    kinds = {"ValueError": ValueError, "OSError": OSError, "FileNotFoundError": OSError}
+    return kinds.get(kind, RuntimeError)(text)
 
 
 def check_same(name: str, text: str) -> None:
     """Raises ValueError in every process unless all were given the same text (a config, say)."""
     if jax.process_count() == 1:
         return
-    there = first(lambda: text)
-    agreed = multihost_utils.process_allgather(np.array([there == text]))
-    others = np.flatnonzero(~np.asarray(agreed).reshape(-1)).tolist()
+    texts = everyones(text)
+    others = [i for i, there in enumerate(texts) if there != texts[0]]
     if others:
         raise ValueError(
             f"{name}: differs between process 0 and {others}; every host must run the same command"
@@ -127,6 +159,31 @@ def lock(folder: str | os.PathLike):
     file.write(f"process {os.getpid()} of {os.uname().nodename}")
     file.flush()
     return file
+
+
+def check_shared(name: str, folder: str | os.PathLike, seconds: float = 5.0) -> None:
+    """Raises ValueError in every process, with the field's `name`, unless all see one `folder`.
+
+    Args:
+      seconds: how long a network file system may take to show a new file.
+    """
+    if jax.process_count() == 1:
+        return
+
+    def mark() -> str:
+        # Nobody can have looked for this name before: "not there" is remembered too.
+        name = f".seen-{secrets.token_hex(8)}"
+        (pathlib.Path(folder) / name).touch()
+        return name
+
+    token = pathlib.Path(folder) / first(mark)
+    deadline = time.monotonic() + seconds
+    while not (seen := os.access(token, os.R_OK)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    blind = [i for i, there in enumerate(everyones(seen)) if not there]
+    first(token.unlink)
+    if blind:
+        raise ValueError(f"{name}: processes {blind} do not see {folder}, as process 0 has it")
 
 
 @contextlib.contextmanager

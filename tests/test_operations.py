@@ -12,7 +12,7 @@ import pytest
 
 from specjax import processes
 from specjax.evaluation.results import read_results
-from specjax.training.preemption import STATUS
+from specjax.preemption import STATUS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 COMMAND = [

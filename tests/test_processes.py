@@ -9,13 +9,15 @@ import subprocess
 import sys
 import time
 
+import agreeing
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from specjax import processes
-from specjax.training.preemption import STATUS
+from specjax.data.feature_cache import FeatureCache
+from specjax.preemption import STATUS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 WORKER = ROOT / "tests" / "training" / "one_of_two.py"
@@ -51,6 +53,39 @@ def together(folder, count=2, mesh="2,1,1", devices=1, die_at=(), seconds=240):
         out, _ = process.communicate(timeout=max(deadline - time.monotonic(), 1))
         ends.append((process.returncode, out))
     return ends
+
+
+@pytest.mark.slow
+def test_two_processes_that_see_different_things_agree(tmp_path):
+    whole = FeatureCache(
+        tmp_path / "features", agreeing.target(), agreeing.TAPS, agreeing.rows(), 2
+    )
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            [sys.executable, ROOT / "tests" / "agreeing.py", tmp_path, str(i), str(port)],
+            env=environment(1), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for index, out in enumerate([process.communicate(timeout=300)[0] for process in started]):
+        found = json.loads(out.partition("found ")[2].partition("\n")[0])
+        assert found.pop("everyones") == ["é", "éé"]
+        assert found.pop("same folder") is None
+        assert found.pop("own folder") == (
+            f"ValueError: --workdir: processes [1] do not see {tmp_path}/of-{index}, as process 0 "
+            "has it"
+        )
+        assert found.pop("none fail") == f"of {index}"
+        assert found.pop("one fails") == "OSError: process 1: shard: missing"
+        assert found.pop("all fail") == "OSError: shard: missing"
+        assert found.pop("the first fails") == "OSError: shard: missing"
+        everything = ["array.npz", "model.safetensors", "text"]
+        assert found.pop("written") == (everything if index == 0 else [])
+        np.testing.assert_array_equal(found.pop("taps"), whole.batch([4])["taps"])
+        assert found.pop("asked") == [False] * 3 + [True] * 3
+        assert not found
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["features", "of-0", "of-1"]
 
 
 def weights(folder):

@@ -29,6 +29,7 @@ from specjax.files import write_safetensors
 from specjax.models import transformer
 from specjax.models.target import Target
 from specjax.progress import progress, say
+from specjax.sharding import fetch
 
 FIELD = "train.cache_features"
 SHARD_BYTES = 1 << 30
@@ -87,7 +88,7 @@ class FeatureCache:
         # Fine-tuned models share many weights: some of every matrix must be looked at.
         for path, leaf in jax.tree_util.tree_leaves_with_path(self.target.params):
             corner = leaf[tuple(slice(None, 4) for _ in leaf.shape)]
-            digest.update(str(path).encode() + np.asarray(corner, np.float32).tobytes())
+            digest.update(str(path).encode() + fetch(corner).astype(np.float32).tobytes())
         return f"{self.target.fingerprint}-{digest.hexdigest()[:16]}"
 
     def _path(self, shard: int) -> pathlib.Path:

@@ -1,5 +1,6 @@
 """Training sequences: prompts continued by the target itself, cached on disk."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -7,9 +8,10 @@ import pathlib
 import numpy as np
 
 from specjax import decoding, processes
-from specjax.files import replacing
+from specjax.files import write_npz
 from specjax.generation import collect, make_engine, start
 from specjax.models.target import Target
+from specjax.preemption import stop_if_due
 from specjax.progress import progress, say
 from specjax.sampling import Sampling
 
@@ -43,22 +45,31 @@ def regenerate(
     todo = processes.first(lambda: [g for g in range(len(groups)) if not there(g)])
     if not todo:
         say(f"data: {len(prompts)} continuations read from {folder}")
-    with progress("regenerate", len(groups), len(groups) - len(todo)) as advance:
-        for g, members in enumerate(groups):
-            path = folder / f"{g}.npz"
-            if g in todo:
-                rows = [prompts[i] for i in members]
-                new = continued(engine, params, rows, max_new_tokens, seed + g, batch)
-                with replacing(path) as temporary, open(temporary, "wb") as file:
-                    np.savez(file, tokens=np.concatenate(new), lengths=[len(t) for t in new])
-                advance()
-            else:
-                with np.load(path) as stored:
-                    pieces = np.split(stored["tokens"], np.cumsum(stored["lengths"])[:-1])
-                    new = [piece.tolist() for piece in pieces]
-            for i, tokens in zip(members, new, strict=True):
-                result[i] = (prompts[i] + tokens, len(prompts[i]))
+    written = sorted(set(range(len(groups))) - set(todo))
+    new = processes.together(lambda: {g: read_batch(folder / f"{g}.npz") for g in written})
+    with progress("regenerate", len(groups), len(written)) as advance:
+        for g in todo:
+            rows = [prompts[i] for i in groups[g]]
+            new[g] = continued(engine, params, rows, max_new_tokens, seed + g, batch)
+            processes.first(functools.partial(write_batch, folder / f"{g}.npz", new[g]))
+            advance()
+            stop_if_due(f"{len(new)} of {len(groups)} batches of text written")
+    for g, members in enumerate(groups):
+        for i, tokens in zip(members, new[g], strict=True):
+            result[i] = (prompts[i] + tokens, len(prompts[i]))
     return result
+
+
+def write_batch(path, new: list[list[int]]) -> None:
+    """The new tokens of one batch as a file."""
+    write_npz(path, tokens=np.concatenate(new), lengths=[len(tokens) for tokens in new])
+
+
+def read_batch(path) -> list[list[int]]:
+    """What `write_batch` wrote."""
+    with np.load(path) as stored:
+        pieces = np.split(stored["tokens"], np.cumsum(stored["lengths"])[:-1])
+    return [piece.tolist() for piece in pieces]
 
 
 def by_length(prompts, batch: int) -> list[list[int]]:

@@ -7,6 +7,7 @@ whose known answer is `reference`. Data sets are read as array_record files, pre
 where they are not on disk yet.
 """
 
+import functools
 import importlib
 import json
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
+
+from specjax import processes
 
 PREFIX = "tfds:"
 SYNTAX = "tfds:NAME/SPLIT?field=FIELD[&reference=FIELD]"
@@ -57,6 +60,28 @@ def tfds_rows(name: str, split: str, data_dir: str | Path | None, module: str | 
       FileNotFoundError: the data set is not on disk and cannot be prepared there.
       ValueError: it is there in another format, or has no such split.
     """
+    prepared = functools.partial(_prepared, name, data_dir, module)
+    # Several processes must not prepare one folder at once: the others find it there, or have
+    # folders of their own.
+    processes.first(lambda: prepared() and None)
+    builder = prepared()
+    splits = tuple(builder.info.splits)
+    if split.partition("[")[0] not in splits:
+        raise ValueError(f"tfds:{name}: split {split!r} is none of {', '.join(splits)}")
+    try:
+        return builder.as_data_source(split=split)
+    except Exception as error:
+        raise ValueError(
+            f"tfds:{name}: {builder.data_dir} cannot be read without TensorFlow; array_record files"
+            f" expected, made by download_and_prepare(file_format='array_record') ({error})"
+        ) from error
+
+
+def _prepared(name: str, data_dir: str | Path | None, module: str | None) -> Any:
+    """tensorflow-datasets' object for a data set, whose files are written where they are not yet.
+
+    Raises ImportError and FileNotFoundError as `tfds_rows`.
+    """
     try:
         tfds = importlib.import_module("tensorflow_datasets")
         if module:
@@ -79,16 +104,7 @@ def tfds_rows(name: str, split: str, data_dir: str | Path | None, module: str | 
             raise FileNotFoundError(
                 f"tfds:{name}: not in {builder.data_dir}, and preparing it there failed: {error}"
             ) from error
-    splits = tuple(builder.info.splits)
-    if split.partition("[")[0] not in splits:
-        raise ValueError(f"tfds:{name}: split {split!r} is none of {', '.join(splits)}")
-    try:
-        return builder.as_data_source(split=split)
-    except Exception as error:
-        raise ValueError(
-            f"tfds:{name}: {builder.data_dir} cannot be read without TensorFlow; array_record files"
-            f" expected, made by download_and_prepare(file_format='array_record') ({error})"
-        ) from error
+    return builder
 
 
 def tfds_conversations(text: str, data_dir: str | Path | None) -> Iterator[tuple[str, dict]]:

@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from specjax.processes import everywhere
+from specjax.processes import everyones
 
 
 class Checkpoints:
@@ -55,7 +55,7 @@ class Checkpoints:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # orbax raises many kinds; each means: not this one
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if everywhere(state is not None):
+            if all(everyones(state is not None)):
                 for newer, why in reasons.items():
                     say(
                         f"checkpoint {self.folder / str(newer)} is damaged and deleted, going on "

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import jax
 
+from specjax import processes
+from specjax.preemption import due as due_to_stop
+from specjax.preemption import noticing, stop
 from specjax.profiling import StageTrace
 from specjax.progress import progress, say
 from specjax.training.checkpoints import Checkpoints
 from specjax.training.metrics import MetricsLog
-from specjax.training.preemption import Preempted, noticing
 from specjax.training.state import TrainState
 
 
@@ -57,7 +59,7 @@ def fit(
         state = checkpoints.restore(state, say)
     done = int(state.step)
     if metrics is not None:
-        metrics.rewind(stage, done)
+        processes.together(lambda: metrics.rewind(stage, done))
     if done:
         say(f"{stage}: resuming at step {done} of {steps}")
     clock = Clock(done, tokens_per_step, flops_per_step, peak_flops)
@@ -73,7 +75,7 @@ def fit(
             )
         return values
 
-    with progress(stage, steps, done) as advance, noticing() as due_to_stop:
+    with progress(stage, steps, done) as advance, noticing():
         for step in range(done + 1, steps + 1):
             trace()
             state, values = step_fn(state, frozen, batch_fn(step - 1, state))
@@ -83,7 +85,7 @@ def fit(
             previous = check(*pending) if pending is not None else None
             pending = (step, values)
             advance(note=f"loss {previous['loss']:.3f}" if previous else "")
-            stopping = due_to_stop(step)
+            stopping = due_to_stop()
             final, due = step == steps, checkpoint_every and step % checkpoint_every == 0
             if metrics is not None and (step % log_every == 0 or final):
                 values = check(*pending)
@@ -96,7 +98,7 @@ def fit(
             if stopping and not final:
                 trace.close()
                 saved = "nothing was saved" if checkpoints is None else f"saved at step {step}"
-                raise Preempted(f"{stage}: stopped by SIGTERM, {saved}; the same command resumes")
+                stop(f"{stage}: stopped by SIGTERM, {saved}; the same command resumes")
             if evaluate is not None and evaluate_every and (step % evaluate_every == 0 or final):
                 jax.block_until_ready(state.step)
                 clock.pause()

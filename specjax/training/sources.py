@@ -17,7 +17,7 @@ import numpy as np
 from specjax import processes
 from specjax.data.regenerate import by_length, continued
 from specjax.data.rows import Rows, pad_rows
-from specjax.files import replacing
+from specjax.files import write_npz
 from specjax.generation import make_engine
 from specjax.models.target import Target
 from specjax.progress import say
@@ -119,12 +119,15 @@ class OwnRows:
             sequences = write(self.target, drafter, prompts, self.how, seed)
             length = self.rows.rows["tokens"].shape[1]
             rows = pad_rows(sequences, length, self.supervise_prompt)
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                np.savez(file, places=places, **rows)
+            processes.first(lambda: write_npz(path, places=places, **rows))
             say(f"data: {len(places)} sequences written by the drafter")
             self._current = (time, (np.array(places), rows))
             return self._current[1]
-        with np.load(path) as stored:
-            rows = {name: stored[name] for name in ("tokens", "supervised")}
-            self._current = (time, (stored["places"], rows))
+        stored = processes.together(lambda: _read(path))
+        self._current = (time, (stored.pop("places"), stored))
         return self._current[1]
+
+
+def _read(path) -> dict[str, np.ndarray]:
+    with np.load(path) as stored:
+        return dict(stored)

@@ -7,6 +7,7 @@ import textwrap
 
 import pytest
 
+from specjax import processes
 from specjax.data.conversations import read_conversations
 from specjax.data.prompts import load_prompts
 from specjax.data.tfds_source import TfdsName
@@ -97,6 +98,26 @@ def test_a_set_that_cannot_be_prepared(tmp_path, monkeypatch):
     monkeypatch.setattr(TinyTalk, "_split_generators", no_network)
     with pytest.raises(FileNotFoundError, match="tfds:tiny_talk: not in .*failed: no network"):
         read_conversations("tfds:tiny_talk/train?field=turns", data_dir=tmp_path)
+
+
+def test_the_first_process_prepares_while_the_others_wait(tmp_path, monkeypatch):
+    waiting, seen, prepare = [], [], TinyTalk.download_and_prepare
+
+    def first(do):
+        waiting.append(True)
+        assert do() is None  # what the others are told
+        waiting.clear()
+
+    def preparing(self, **options):
+        seen.append(bool(waiting))
+        prepare(self, **options)
+
+    monkeypatch.setattr(processes, "first", first)
+    monkeypatch.setattr(TinyTalk, "download_and_prepare", preparing)
+    for _ in range(2):
+        found, _ = read_conversations("tfds:tiny_talk/train?field=turns", data_dir=tmp_path)
+        assert len(found) == 2
+    assert seen == [True]
 
 
 def test_names():
