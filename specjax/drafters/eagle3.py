@@ -1,9 +1,11 @@
 """EAGLE-3: one layer run again and again on its own output, on a dynamic tree or a chain.
 
-Source: arXiv 2503.01840 (EAGLE-3), 2406.16858 (EAGLE-2's dynamic tree) and their released code as
-summarised in the project's reference. One 2D-wide layer, its own head over a draft vocabulary, the
-layer's output before the final norm fed back as the next step's features. Trained by unrolling the
-same recursion ("training-time test").
+Source: arXiv 2503.01840 (EAGLE-3), 2406.16858 (EAGLE-2's dynamic tree) and their released code. One
+2D-wide layer, its own head over a draft vocabulary, the layer's output before the final norm fed
+back as the next step's features. Trained by unrolling the same recursion ("training-time test").
+
+Our choices: the head starts from the target's rows, the released one at random; the loss averages
+over supervised positions, the released one over all.
 """
 
 import dataclasses

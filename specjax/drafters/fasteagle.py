@@ -1,15 +1,19 @@
 """FastEagle: a cascade of N light decoder layers that drafts N tokens in one pass.
 
-Source: arXiv 2509.20416 (reference/equations as published: g = FC(low, mid, high);
-h_1 = L_1(FC(g, e)); h_i = L_i(h_{i-1}); q_i = softmax(head(norm(h_i)))). Layer i reads out the
-token i places after the root. Nothing a layer drafts is fed back, so the drafter never sees its
-own tokens: no tree mask, no rollback, and training sees exactly what decoding sees.
+Source: arXiv 2509.20416 for the cascade, its supervision and a constrained tree; no code is public,
+and the equations are as a third party's review of the paper gives them: g = FC(low, mid, high);
+h_1 = L_1(FC(g, e)); h_i = L_i(h_{i-1}); q_i = softmax(head(h_i)), the head the target's, frozen.
+Layer i reads out the token i places after the root. Nothing a layer drafts is fed back, so the
+drafter never sees its own tokens: no tree mask, no rollback, and training sees exactly what
+decoding sees.
 
-Our choices where the paper is silent: RMSNorm on g and e before the entry; one readout norm shared
-by all depths, started from the target's final norm; full head by default. Embedding and head are
-the target's, frozen; the layers start at random: copies of the target's last layers, rescaled to
-the drafter's residual stream, trained no better on the built-in target (cross-entropy at depth 1
-after the same 120 steps: 3.97 nats against 3.74).
+Our choices, which no source settles: N; the tree below its first level (every level has C
+candidates, only the first of them has children); the loss and its weights by depth, and the rule
+above temperature 0, both in configs/fasteagle.py; RMSNorm on g and e before the entry; a norm
+before the readout, one for all depths, started from the target's final norm; full head by default;
+the target's embedding, frozen. The layers start at random: copies of the target's last layers,
+rescaled to the drafter's residual stream, trained no better on the built-in target (cross-entropy
+at depth 1 after the same 120 steps: 3.97 nats against 3.74).
 
 FSPAD (arXiv 2408.15562) maps onto the cascade in two parts. Feature sampling, `entry="sampled"`:
 the next token's embedding gates a readout of the fused entry; deeper layers have no new token.

@@ -148,8 +148,8 @@ def draw_rounds(rows: Sequence[dict], name: str) -> str:
 def draw_cost(rows: Sequence[dict], name: str) -> str:
     """tau over what a draft costs, in steps of plain decoding, for the setting called `name`.
 
-    The upper left is where to be. Below the dashed line a method would lose even if verifying its
-    whole tree took no longer than one plain step.
+    The upper left is where to be. What a method must exceed to pay depends on its whole round, not
+    on its draft, and stands in `draw_tau`.
     """
     steps = {setting(row): row["round_ms"] for row in rows if row["method"] == VANILLA}
     looks, height = looks_of(rows), 2.9
@@ -163,9 +163,7 @@ def draw_cost(rows: Sequence[dict], name: str) -> str:
             axes.plot([cost, cost], row["tau_ci95"], color=look.colour, alpha=0.5, linewidth=1.2)
             axes.plot(cost, row["tau"], look.marker, color=look.colour, fillstyle=_fill(row))
             ends.append((cost, row["tau"], _named(look, row["method"], own), look.colour))
-        reach = 1.08 * max(costs, default=1.0) or 1.0
-        axes.plot([0, reach], [1, 1 + reach], "--", color=INK, linewidth=0.9, alpha=0.6)
-        axes.set_xlim(0, reach)
+        axes.set_xlim(0, 1.08 * max(costs, default=1.0) or 1.0)
         axes.set_ylim(bottom=min(1.0, axes.get_ylim()[0]))
         axes.set_xlabel("draft, in steps of plain decoding")
         axes.set_ylabel("tau, tokens per round")
@@ -241,6 +239,7 @@ def draw_curves(
             axes.plot(steps, values, color=look.colour, linewidth=1.3, **few)
             ends.append((steps[-1], values[-1], look.name, look.colour))
         axes.set_xlabel("training step")
+        axes.locator_params("x", integer=True)
         axes.set_ylabel(y_label)
         grid(axes, "y")
         axes.set_ylim(axes.get_ylim())

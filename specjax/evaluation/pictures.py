@@ -48,7 +48,8 @@ class Passage:
 
 
 def token_label(text: str, longest: int = 10) -> str:
-    """A token's text on one line, white space made visible."""
+    """A token's text on one line, white space made visible: "\\n        " is "↵·8"."""
+    text = re.sub(r" {3,}|\n{3,}|\t{3,}", lambda run: f"{run[0][0]}{len(run[0])}", text)
     shown = "".join(_VISIBLE.get(c, c if c.isprintable() else "�") for c in text)
     return shown if len(shown) <= longest else shown[: longest - 1] + "…"
 
@@ -203,6 +204,8 @@ def draw_cells(
     columns: Sequence[str],
     label: str,
     cell: float = 0.9,
+    row_name: str = "",
+    column_name: str = "",
 ) -> str:
     """A table of cells: a text each, on a fill as strong as its share in [0, 1].
 
@@ -211,6 +214,7 @@ def draw_cells(
       rows, columns: headings.
       label: what the picture shows, in words.
       cell: width of a cell in inches; the headings of columns under half an inch stand upright.
+      row_name, column_name: what the headings are of, "" for nothing.
 
     Raises:
       ValueError: rows of unequal length, or a share out of range.
@@ -240,10 +244,14 @@ def draw_cells(
             [c + 0.5 for c in range(size[1])], columns, fontsize=9, rotation=90 * upright
         )
         axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("top")
+        axes.set_xlabel(column_name)
+        axes.set_ylabel(row_name)
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
 
-    margin = 0.09 * max(map(len, rows), default=0) + 0.2
+    margin = 0.09 * max(map(len, rows), default=0) + 0.2 + 0.2 * bool(row_name)
     top = 0.09 * max(map(len, columns), default=0) + 0.2 if upright else 0.35
+    top += 0.2 * bool(column_name)
     return draw(paint, _CELL * size[0] + top, label, width=cell * size[1] + margin)

@@ -97,9 +97,14 @@ def _tiles(rows: Sequence[dict]) -> str:
 
 
 def _table(rows: Sequence[dict]) -> str:
-    """A group of lines per setting and seed, which stand above it instead of in columns."""
+    """A group of lines per setting and seed, which stand above it instead of in columns.
+
+    What to look at first comes first, for a phone shows few columns; methods as in the figures.
+    """
     grouped = ("task", "temperature", "batch", "seed")
-    columns = {name: COLUMNS[name] for name in shown_columns(rows) if name not in grouped}
+    shown = dict.fromkeys(["method", "speedup", "lossless", *shown_columns(rows)])
+    columns = {name: COLUMNS[name] for name in shown if name not in grouped}
+    order = [VANILLA, *figures.ranked(rows)]
     several = len({row["seed"] for row in rows}) > 1
     name_of = lambda row: setting(row) + (f", seed {row['seed']}" if several else "")  # noqa: E731
     heads = "".join(
@@ -110,6 +115,7 @@ def _table(rows: Sequence[dict]) -> str:
     looks, bodies = figures.looks_of(rows), ""
     for name, members in figures.group(rows, name_of).items():
         best = {key: _highest(members, key) for key in ("tau", "speedup")}
+        members = sorted(members, key=lambda row: order.index(row["method"]))
         lines = "".join(_line(row, columns, best, looks) for row in members)
         head = f'<th scope="rowgroup" colspan="{len(columns)}"><span>{escape(name)}</span></th>'
         bodies += f'<tbody><tr class="group">{head}</tr>{lines}</tbody>'
@@ -192,7 +198,7 @@ def _result_figures(rows: Sequence[dict]) -> str:
             *(
                 _figure(
                     f"tau against draft cost, {name}",
-                    "Best is the upper left. Dashed: breaking even, were verifying one plain step.",
+                    "Best is the upper left: many tokens, a cheap draft. Verifying does not count.",
                     figures.draw_cost(rows, name),
                 )
                 for name in settings
@@ -203,7 +209,11 @@ def _result_figures(rows: Sequence[dict]) -> str:
 
 
 _TRAINING = {
-    "loss": ("Training loss", "Comparable for one objective and depth.", "loss"),
+    "loss": (
+        "Training loss",
+        "A sum over depths: it compares methods of one objective and as many depths.",
+        "loss",
+    ),
     "agree_1": (
         "Agreement at depth 1",
         "Share of the target's choices it predicts.",

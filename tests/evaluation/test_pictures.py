@@ -176,3 +176,4 @@ def test_token_labels_are_one_visible_line():
     assert token_label(" a\n\tb") == "·a↵→b"
     assert token_label("x" * 40) == "x" * 9 + "…"
     assert token_label("\x00") == "�" and token_label("") == ""
+    assert token_label("\n" + 8 * " ") == "↵·8" and token_label("  x\t\t\t") == "··x→3"
