@@ -18,6 +18,7 @@ from configs import (
     dflash,
     draft_model,
     fasteagle,
+    kangaroo,
     medusa,
     p_eagle,
     prompt_lookup,
@@ -25,7 +26,7 @@ from configs import (
     token_recycling,
 )
 
-RECIPES = (draft_model, prompt_lookup, token_recycling, rasd, medusa, p_eagle, dflash)
+RECIPES = (draft_model, kangaroo, prompt_lookup, token_recycling, rasd, medusa, p_eagle, dflash)
 NODES = 7
 
 

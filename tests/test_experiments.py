@@ -67,6 +67,17 @@ def test_the_common_table_holds_every_drafter_it_lists(tmp_path):
         assert verdict["identical"] + verdict["ties"] == verdict["checked"] == 2
 
 
+def test_the_common_table_lists_every_drafter_with_its_own_training():
+    config = importlib.import_module("configs.compare").get_config()
+    assert {d.drafter for d in config.drafters.values()} == set(specjax.drafter_names())
+    for name, drafter in config.drafters.items():
+        own = importlib.import_module(f"configs.{drafter.drafter}").get_config()
+        if name not in own.drafters:  # variants of other names: compared as they are, by FastEagle
+            assert name == "fasteagle_x" and not drafter.train
+            continue
+        assert compare.train_config(config, name) == compare.train_config(own, name), name
+
+
 def test_what_is_written_up_can_be_drawn_again(tmp_path):
     config = importlib.import_module("configs.fasteagle").get_config("smoke")
     folder = open_run(str(tmp_path / "run"), config, {"seed": 0})
