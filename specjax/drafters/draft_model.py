@@ -5,6 +5,7 @@ do; without one, a shallow model of the target's family is made and distilled li
 """
 
 import dataclasses
+import warnings
 from typing import ClassVar
 
 import jax
@@ -62,9 +63,15 @@ class DraftModel(ChainDrafter):
         """Any Hugging Face folder of a supported family with the target's vocabulary."""
         folder = resolve_folder(str(folder))
         model = read_config(folder)
-        if target.tokenizer is not None and (folder / "tokenizer.json").is_file():
-            if load_tokenizer(folder).get_vocab() != target.tokenizer.get_vocab():
-                raise ValueError(f"{folder / 'tokenizer.json'}: not the target's vocabulary")
+        if target.tokenizer is None or not (folder / "tokenizer.json").is_file():
+            missing = "the target has no tokenizer" if target.tokenizer is None else "missing"
+            warnings.warn(
+                f"{folder / 'tokenizer.json'}: {missing}; that both models give their "
+                f"{model.vocab_size} tokens the same ids is not checked",
+                stacklevel=2,
+            )
+        elif load_tokenizer(folder).get_vocab() != target.tokenizer.get_vocab():
+            raise ValueError(f"{folder / 'tokenizer.json'}: not the target's vocabulary")
         return {"own_model": model}, load_params(folder, model, target.params["embed"].dtype)
 
     def init(self, key, target_params):

@@ -1,6 +1,7 @@
 """A draft model drafts what it would have written itself, whatever was accepted before."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -128,6 +129,19 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
     specjax.init_drafter("draft_model", target, folder=tmp_path / "ours")
     with pytest.raises(ValueError, match="theirs/tokenizer.json: not the target's vocabulary"):
         specjax.init_drafter("draft_model", target, folder=tmp_path / "theirs")
+
+
+def test_tokens_that_cannot_be_compared_are_spoken_of(tmp_path):
+    model = random_target(num_layers=1, vocab_size=300)
+    for name in ("ours", "bare"):
+        save_target(tmp_path / name, model.config, model.params)
+    save_tokenizer(train_bpe(["aaaa bbbb " * 9], 262), tmp_path / "ours", model_max_length=64)
+    target = specjax.load_target(tmp_path / "ours")
+    with pytest.warns(UserWarning, match="bare/tokenizer.json: missing; .*300 tokens.*not checked"):
+        specjax.init_drafter("draft_model", target, folder=tmp_path / "bare")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        specjax.init_drafter("draft_model", target, folder=tmp_path / "ours")
 
 
 # ---- adaptive length -----------------------------------------------------------------------------
