@@ -42,7 +42,7 @@ def get_config(preset: str = "") -> ConfigDict:
     )
     for recipe in RECIPES:
         for name, drafter in recipe.get_config(preset).drafters.items():
-            if name not in config.drafters:
+            if name == drafter.drafter and name not in config.drafters:  # one row a family
                 config.drafters[name] = drafter
     config.drafters.token_recycling.tree = ConfigDict(dict(tree_nodes=NODES - 1))
     # Retrieval gets the rows that a chain leaves of the budget.

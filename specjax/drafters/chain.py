@@ -179,7 +179,12 @@ class ChainDrafter(LearnedDrafter):
             alive_B &= (jnp.exp(logp_B) >= self.threshold) | (level < self.min_depth)
         if self.stop == "specdec":
             # The state has read token level - 1 (the root at level 1, which is never in doubt).
-            head = params["buffers"]["acceptance"]
+            head = params.get("buffers", {}).get("acceptance")
+            if head is None:
+                raise ValueError(
+                    f"stop: 'specdec' needs an acceptance head, which this {self.name} was made "
+                    "without; specjax.training.acceptance.fit_acceptance gives it one"
+                )
             accept_B = jax.nn.sigmoid(acceptance_logit(head, draft.hidden_BxD))
             survive_B = jnp.where(level > 1, survive_B * accept_B, survive_B)
             alive_B &= (1 - survive_B <= self.threshold) | (level < self.min_depth)

@@ -8,13 +8,12 @@ import dataclasses
 import warnings
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from specjax.cache import KVCache, empty_cache
 from specjax.data.tokenizer import load_tokenizer
 from specjax.drafters.chain import ChainDrafter
-from specjax.drafters.stopping import init_head
+from specjax.drafters.stopping import neutral_head
 from specjax.models.config import ModelConfig, read_config
 from specjax.models.hf import load_params
 from specjax.models.target import resolve_folder
@@ -63,15 +62,16 @@ class DraftModel(ChainDrafter):
         """Any Hugging Face folder of a supported family with the target's vocabulary."""
         folder = resolve_folder(str(folder))
         model = read_config(folder)
-        if target.tokenizer is None or not (folder / "tokenizer.json").is_file():
-            missing = "the target has no tokenizer" if target.tokenizer is None else "missing"
+        path = folder / "tokenizer.json"
+        if target.tokenizer is not None and not path.is_file():
             warnings.warn(
-                f"{folder / 'tokenizer.json'}: {missing}; that both models give their "
-                f"{model.vocab_size} tokens the same ids is not checked",
-                stacklevel=2,
+                f"{path}: missing; that both models give their {model.vocab_size} tokens the same "
+                "ids is not checked",
+                stacklevel=3,
             )
-        elif load_tokenizer(folder).get_vocab() != target.tokenizer.get_vocab():
-            raise ValueError(f"{folder / 'tokenizer.json'}: not the target's vocabulary")
+        elif target.tokenizer is not None:
+            if load_tokenizer(folder).get_vocab() != target.tokenizer.get_vocab():
+                raise ValueError(f"{path}: not the target's vocabulary")
         return {"own_model": model}, load_params(folder, model, target.params["embed"].dtype)
 
     def init(self, key, target_params):
@@ -80,9 +80,8 @@ class DraftModel(ChainDrafter):
         for name in {"embed", "head"} & set(params) & set(target_params):
             if params[name].shape == target_params[name].shape:
                 params[name] = target_params[name].astype(jnp.float32)
-        if self.stop == "specdec":  # fitted after the model, which stays as it is
-            head = init_head(jax.random.fold_in(key, 1), self.model.hidden_size)
-            params["buffers"] = {"acceptance": head}
+        if self.stop == "specdec":  # fitted after the model: `training.acceptance.fit_acceptance`
+            params["buffers"] = {"acceptance": neutral_head(self.model.hidden_size)}
         return params
 
     def init_state(self, batch: int, slots: int, dtype) -> KVCache:

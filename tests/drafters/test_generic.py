@@ -25,6 +25,7 @@ import specjax
 from specjax import decoding
 from specjax.cache import KVCache
 from specjax.drafters.features import FeatureState
+from specjax.drafters.stopping import init_head
 from specjax.generation import make_engine, resume
 from specjax.models.hf import Checkpoint
 from specjax.models.transformer import forward
@@ -105,6 +106,10 @@ class Case:
     def __init__(self, target, name, config):
         self.target, self.name, self.config = target, name, config
         self.drafter = specjax.init_drafter(name, target, seed=1, **config)
+        if config.get("stop") == "specdec":  # a fresh head stops nothing
+            head = init_head(jax.random.key(1), target.config.hidden_size)
+            params = self.drafter.params | {"buffers": {"acceptance": head}}
+            self.drafter = dataclasses.replace(self.drafter, params=params)
         self.engine, self.params = make_engine(target, self.drafter, stop_tokens=STOPS)
         state = self.prefill(PROMPTS, LIMITS)
         compiled = decoding.jit_round._cache_size()
