@@ -47,9 +47,7 @@ def get_config(preset: str = "") -> ConfigDict:
     config.drafters.token_recycling.tree = ConfigDict(dict(tree_nodes=NODES - 1))
     # Retrieval gets the rows that a chain leaves of the budget.
     chain = dict(draft_depth=3, candidates=1)
-    config.drafters.rasd.tree = ConfigDict(
-        dict(inner_options=chain, retrieved_nodes=NODES - 4, prune=False)
-    )
+    config.drafters.rasd.tree = ConfigDict(dict(inner_options=chain, retrieved_nodes=NODES - 4))
     for drafter in config.drafters.values():
         drafter.budgets = ()  # one tree each: the comparison is at equal nodes
     config.eval.rule = ""  # drafters that draw nothing serve sample-and-match

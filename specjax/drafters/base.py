@@ -56,6 +56,9 @@ class Scored:
     taps_BxTxM: jax.Array | None
 
 
+_SET_BY_OTHERS = ("target", "proposal", "expected")
+
+
 @dataclasses.dataclass(frozen=True)
 class Drafter:
     """Base class; `target` is the geometry that the drafter was made for."""
@@ -70,6 +73,9 @@ class Drafter:
     target: ModelConfig
     # How tokens are drawn; set by the rule that verifies them, not by the user.
     proposal: Proposal = dataclasses.field(default=Proposal(), kw_only=True)
+    # Best first tokens to say beside the tree (`DraftTree.expected_K`), if it has a law of them;
+    # set by who prunes by them, not by the user.
+    expected: int = dataclasses.field(default=0, kw_only=True)
 
     @property
     def nodes(self) -> int:
@@ -103,7 +109,7 @@ class Drafter:
         Raises:
           ValueError: a field that it does not have, or a value out of range (names the field).
         """
-        fields = {f.name for f in dataclasses.fields(cls)} - {"target", "proposal"}
+        fields = {f.name for f in dataclasses.fields(cls)} - set(_SET_BY_OTHERS)
         unknown = sorted(set(config) - fields)
         if unknown:
             raise ValueError(
@@ -114,7 +120,7 @@ class Drafter:
     def plain(self) -> dict[str, Any]:
         """Its configuration as JSON can hold it; the target's is kept apart."""
         fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("target", "proposal")}
+        return {k: v for k, v in fields.items() if k not in _SET_BY_OTHERS}
 
     @classmethod
     def load(cls, target, folder) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -136,6 +136,7 @@ class ChainDrafter(LearnedDrafter):
             jnp.ones(B),
             law_BxTxV,
         )
+        logits_BxV = self.logits(params, target_params, draft.hidden_BxD[:, None])[:, 0]  # as drawn
         draft = self._draw(params, target_params, draft, 1, key)
 
         def step(level, draft):
@@ -157,7 +158,8 @@ class ChainDrafter(LearnedDrafter):
                 (jnp.int32(1), draft),
             )
         tree = self.topology.draft(draft.tokens_BxT, draft.law_BxTxV)
-        return tree.replace(valid_T=draft.valid_BxT), draft.cache.replace(lengths_B=start_B)
+        tree = self.expecting(params, tree.replace(valid_T=draft.valid_BxT), logits_BxV)
+        return tree, draft.cache.replace(lengths_B=start_B)
 
     def _draw(self, params, target_params, draft: _Chain, level, keys_B) -> _Chain:
         """Draws token `level` where the row is alive, and decides where it drafts on."""
