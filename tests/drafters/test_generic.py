@@ -10,6 +10,7 @@ import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toys import (
@@ -200,6 +201,36 @@ def test_a_request_alone_gives_what_it_gives_in_a_batch(case, expected):
         state = jax.device_get(state.replace(keys_B=None))
         assert new_tokens(state) == [expected[b]]
         assert emitted(state) == [emitted(case.final)[b]]
+
+
+def adversarial(drafter, key):
+    """The drafter with other tokens in every valid row below the root, at random each round."""
+
+    class Adversary(type(drafter)):
+        def draft(self, params, target_params, state, context, keys_B):
+            tree, state = super().draft(params, target_params, state, context, keys_B)
+            at = jnp.sum(context.lengths_B)  # rounds differ, rows of one tree too
+            tokens = jax.random.randint(
+                jax.random.fold_in(key, at), tree.tokens_T.shape, 0, self.target.vocab_size
+            )
+            drafted = tree.valid_T & (tree.depth_T > 0)
+            return tree.replace(tokens_T=jnp.where(drafted, tokens, tree.tokens_T)), state
+
+    fields = {f.name: getattr(drafter, f.name) for f in dataclasses.fields(drafter)}
+    return Adversary(**fields)
+
+
+@pytest.mark.parametrize("name", specjax.drafter_names())
+def test_adversarial_drafts_never_change_the_output(target, expected, name):
+    """Random tokens in place of what was drafted: siblings may be equal, all may be wrong."""
+    config = list(VARIANTS.get(name, {"default": {}}).values())[-1]
+    drafter = specjax.init_drafter(name, target, seed=1, **config)
+    engine, params = make_engine(target, drafter, stop_tokens=STOPS)
+    engine = dataclasses.replace(engine, drafter=adversarial(engine.drafter, jax.random.key(2)))
+    start = prefilled(engine, params, PROMPTS, LIMITS, WIDTH, SLOTS)
+    state = jax.device_get(decoding.run_device(engine, params, start).replace(keys_B=None))
+    assert new_tokens(state) == expected
+    assert max(c for row in emitted(state) for c in row) > 1  # a random token is right now and then
 
 
 def test_sampled_requests_do_not_see_their_neighbours(case):
