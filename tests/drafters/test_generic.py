@@ -27,6 +27,7 @@ from specjax import decoding
 from specjax.cache import KVCache
 from specjax.drafters.features import FeatureState
 from specjax.drafters.stopping import init_head
+from specjax.drafters.token_recycling import Successors
 from specjax.generation import make_engine, resume
 from specjax.models.hf import Checkpoint
 from specjax.models.transformer import forward
@@ -73,6 +74,8 @@ VARIANTS = {
         "alone": RETRIEVED,
         "fused": RETRIEVED
         | dict(inner="fasteagle", inner_options=dict(num_layers=3, candidates=2), prune=False),
+        "pruned": RETRIEVED
+        | dict(inner="fasteagle", inner_options=dict(num_layers=3), prune_top=3),
         "fused with a model": RETRIEVED
         | dict(inner="draft_model", inner_options=dict(draft_depth=2, num_layers=1), prune=False),
     },
@@ -276,6 +279,23 @@ def test_state_equals_one_rebuilt_from_the_committed_tokens(case):
             pairs = zip(committed_rows(a), committed_rows(b), strict=True)
             for (row, was, n), (_, again, _) in pairs:
                 np.testing.assert_allclose(was[row, :, :n], again[row, :, :n], atol=1e-5)
+
+
+# Caches and pending rows are compared elsewhere; successors are learnt from rejected rows as well.
+COMPARED_ELSEWHERE = (KVCache, FeatureState, Successors)
+
+
+def test_all_other_state_is_one_rebuilt_from_the_committed_tokens(case):
+    texts = [p + new[:-1] for p, new in zip(PROMPTS, new_tokens(case.final), strict=True)]
+    fresh = jax.device_get(case.prefill(texts, 1))  # the root drawn anew: the same
+    np.testing.assert_array_equal(fresh.lengths_B, case.final.lengths_B)
+    is_other = lambda x: isinstance(x, COMPARED_ELSEWHERE)  # noqa: E731
+    ours, theirs = (
+        [x for x in jax.tree.leaves(s.drafter, is_leaf=is_other) if not is_other(x)]
+        for s in (case.final, fresh)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_pending_rows_pair_features_with_the_token_that_follows(case):
