@@ -20,6 +20,7 @@ from experiments import commands
 from specjax import decoding, init_drafter
 from specjax.console import make_console, print_rows
 from specjax.drafters import Committed
+from specjax.drafters.rasd import fused
 from specjax.generation import make_engine, start
 
 _TARGET = flags.DEFINE_string("target", "builtin", TARGET_HELP)
@@ -33,7 +34,10 @@ TREES = (
     ("prompt_lookup", {"draft_depth": 10}),
     ("token_recycling", {"tree_nodes": 6}),
     ("token_recycling", {"tree_nodes": 80}),
+    ("rasd", {"retrieved_nodes": 6}),  # retrieval alone, from the text so far and a corpus
+    ("rasd", {"retrieved_nodes": 64}),
 )
+DOCUMENTS = 320  # of the corpus, 18 phrases each: as many tokens as configs/compare.py trains on
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
@@ -93,6 +97,9 @@ def main():
     rows = []
     for name, tree in TREES:
         drafter = init_drafter(name, target, **tree)
+        if name == "rasd":
+            corpus = phrases[rng.integers(0, 16, (DOCUMENTS, 18))].reshape(DOCUMENTS, -1)
+            drafter = fused(drafter, corpus)
         states = []
         for contender in (drafter, None):
             engine, params = make_engine(target, contender, stop_tokens=())

@@ -18,6 +18,7 @@ from configs import (
     dflash,
     draft_model,
     fasteagle,
+    kangaroo,
     medusa,
     p_eagle,
     prompt_lookup,
@@ -25,7 +26,7 @@ from configs import (
     token_recycling,
 )
 
-RECIPES = (draft_model, prompt_lookup, token_recycling, rasd, medusa, p_eagle, dflash)
+RECIPES = (draft_model, kangaroo, prompt_lookup, token_recycling, rasd, medusa, p_eagle, dflash)
 NODES = 7
 
 
@@ -41,14 +42,12 @@ def get_config(preset: str = "") -> ConfigDict:
     )
     for recipe in RECIPES:
         for name, drafter in recipe.get_config(preset).drafters.items():
-            if name not in config.drafters:
+            if name == drafter.drafter and name not in config.drafters:  # one row a family
                 config.drafters[name] = drafter
     config.drafters.token_recycling.tree = ConfigDict(dict(tree_nodes=NODES - 1))
     # Retrieval gets the rows that a chain leaves of the budget.
     chain = dict(draft_depth=3, candidates=1)
-    config.drafters.rasd.tree = ConfigDict(
-        dict(inner_options=chain, retrieved_nodes=NODES - 4, prune=False)
-    )
+    config.drafters.rasd.tree = ConfigDict(dict(inner_options=chain, retrieved_nodes=NODES - 4))
     for drafter in config.drafters.values():
         drafter.budgets = ()  # one tree each: the comparison is at equal nodes
     config.eval.rule = ""  # drafters that draw nothing serve sample-and-match

@@ -6,8 +6,9 @@ same width, the same taps, data and steps as FastEagle in configs/fasteagle.py, 
 depth. Every row of the text is trained as a whole block, block_size times the drafter's work.
 
 The paper weighs depth k by exp(-(k - 1) / gamma), gamma 7, 5 or 4 for blocks of 16, 10 or 8; that
-is `train.loss.decay` = exp(-1 / gamma). The loss is that of every recipe, cross-entropy against the
-target's distribution; `--config.train.loss.ce=0 --config.train.loss.hard=1` is the paper's.
+is `loss.decay` = exp(-1 / gamma) in the drafter's own `train`. The rest of the loss is that of
+every recipe, cross-entropy against the target's distribution;
+`--config.train.loss.ce=0 --config.train.loss.hard=1` is the paper's.
 
 Command: python -m experiments.main --config=configs/dflash.py[:smoke]
 """
@@ -24,7 +25,6 @@ GAMMA = 4.0  # the paper's for its shortest blocks
 def get_config(preset: str = "") -> ConfigDict:
     """Presets: "" (built-in target) and "smoke"."""
     config = fasteagle.alone("dflash", preset)
-    config.train.loss.decay = math.exp(-1 / GAMMA)
     config.drafters.dflash = common.drafter(
         "dflash",
         init=dict(num_layers=3, block_size=4, intermediate_size=128),
@@ -32,5 +32,6 @@ def get_config(preset: str = "") -> ConfigDict:
         budgets=()
         if preset
         else (dict(draft_depth=3, candidates=1), dict(draft_depth=2, candidates=3)),
+        train=dict(loss=dict(decay=math.exp(-1 / GAMMA))),
     )
     return config

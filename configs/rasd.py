@@ -26,8 +26,8 @@ def get_config(preset: str = "") -> ConfigDict:
         budgets=()
         if preset
         else (
-            dict(retrieved_nodes=4, inner_options=dict(draft_depth=3, candidates=1), prune=False),
-            dict(retrieved_nodes=8, inner_options=dict(draft_depth=3, candidates=1), prune=False),
+            dict(retrieved_nodes=4, inner_options=dict(draft_depth=3, candidates=1)),
+            dict(retrieved_nodes=8, inner_options=dict(draft_depth=3, candidates=1)),
         ),
         corpus=True,
     )

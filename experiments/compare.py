@@ -127,11 +127,24 @@ def drafter_rules(config, definition) -> sharding.Rules:
     )
 
 
+def init_of(cfg: ConfigDict) -> dict:
+    """A drafter's own fields; `folder`, of a ready model, is among them where one is given."""
+    return {k: v for k, v in cfg.init.to_dict().items() if (k, v) != ("folder", "")}
+
+
+def is_ready(cfg: ConfigDict) -> bool:
+    """Whether a drafter's weights come from a folder and stay as they are.
+
+    Steps of its own (`train.steps`) ask for training all the same.
+    """
+    return "folder" in init_of(cfg) and "steps" not in cfg.train
+
+
 def init_all(config, target, rows, seed: int) -> dict:
-    """Name -> untrained drafter."""
+    """Name -> drafter as it is before training."""
     drafters = {}
     for name, cfg in config.drafters.items():
-        init = cfg.init.to_dict()
+        init = init_of(cfg)
         size = (init | init.get("inner_options", {})).get("draft_vocab_size", 0)
         ids = frequent_tokens(rows, size) if size else None
         drafters[name] = init_drafter(cfg.drafter, target, seed, vocab_ids=ids, **init)
@@ -212,11 +225,12 @@ def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Met
             cfg = train_config(config, name)
             stops = wants_acceptance_head(drafter)  # fitted on whole batches in every process
             rows = batches(bench, name, cfg, seed, within, drafter.definition.taps, stops)
-            drafter, cost = train_drafter(
-                target, drafter, cfg, rows, without_paths(tree), probe, bench.folder,
-                bench.metrics, "/".join(filter(None, (name, within))), bench.mesh, seed,
-                drafter_rules(config, drafter.definition),
-            )  # fmt: skip
+            if not is_ready(config.drafters[name]):
+                drafter, cost = train_drafter(
+                    target, drafter, cfg, rows, without_paths(tree), probe, bench.folder,
+                    bench.metrics, "/".join(filter(None, (name, within))), bench.mesh, seed,
+                    drafter_rules(config, drafter.definition),
+                )  # fmt: skip
             if stops:
                 drafter, _ = fit_acceptance(target, drafter, rows, cfg.acceptance_steps, seed=seed)
         drafter = drafter.with_budget(**with_best_paths(bench, drafter, tree))

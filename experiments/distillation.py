@@ -122,6 +122,8 @@ def summarise(rows, step_flops: dict, step_seconds: dict) -> list[dict]:
                 "tau": float(np.mean(list(taus.values()))),
                 "tau_by_seed": {str(seed): value for seed, value in taus.items()},
                 "acceptance_by_depth": shares.tolist(),
+                "draft_ms": float(np.mean([r["draft_ms"] for r in own])),
+                "verify_ms": float(np.mean([r["verify_ms"] for r in own])),
                 "train_seconds": float(np.mean([r["train_seconds"] for r in own])),
                 "step_ratio": step_seconds[name] / step_seconds[plain],
                 "flops_ratio": step_flops[name] / step_flops[plain] if step_flops[plain] else None,
@@ -160,10 +162,15 @@ def print_summary(summary) -> None:
             "" if is_plain(s["method"]) else f"{s['difference']:+.3f}",
             "" if is_plain(s["method"]) else "[{:+.3f}, {:+.3f}]".format(*s["ci95"]),
             "" if is_plain(s["method"]) else f"{s['p_holm']:.2g}",
+            f"{s['draft_ms']:.2f}",
+            f"{s['verify_ms']:.2f}",
             f"{s['step_ratio']:.2f}x",
             "" if s["flops_ratio"] is None else f"{s['flops_ratio']:.2f}x",
         )
         for s in summary
     ]
-    headings = "objective|tau|by seed|accepted %|less plain|95% over seeds|Holm p|step time|flops"
+    headings = (
+        "objective|tau|by seed|accepted %|less plain|95% over seeds|Holm p|draft ms|verify ms|"
+        "training step|flops"
+    )
     print_rows(make_console(), headings, cells)

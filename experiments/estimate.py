@@ -45,7 +45,7 @@ def geometry(name: str):
 
 def contenders(config, target):
     """The drafters of a config."""
-    from experiments.compare import any_paths, budgets_of, drafter_rules, train_config
+    from experiments.compare import any_paths, budgets_of, drafter_rules, init_of, train_config
     from specjax.drafters import DRAFTERS
     from specjax.planning.estimate import Contender
 
@@ -53,7 +53,7 @@ def contenders(config, target):
     for name, cfg in config.drafters.items():
         if cfg.drafter not in DRAFTERS:
             raise ValueError(f"drafter: {cfg.drafter!r} is unknown; one of {tuple(DRAFTERS)}")
-        init = cfg.init.to_dict()
+        init = init_of(cfg)
         if "folder" in init:
             init["own_model"] = geometry(init.pop("folder"))
         definition = DRAFTERS[cfg.drafter].of(target, init)

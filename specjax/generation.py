@@ -275,7 +275,8 @@ def generate(
       target: from `load_target`.
       prompts: strings (encoded with the tokenizer's special tokens, no chat template) or lists of
         token ids; any lengths, one batch.
-      drafter: from `init_drafter` or `load_drafter`.
+      drafter: from `init_drafter` or `load_drafter`. It is not changed: what it learns from use
+        (`token_recycling`'s matrix) is in the result's `drafter`, to be passed to the next call.
       max_new_tokens: at least 1; a row also stops when the context is full.
       temperature, top_k, top_p: see `sampling.Sampling`; 0, 0, 1 is greedy.
       seed: of the sampling noise, 0 to 2**32 - 1.

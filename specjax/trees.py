@@ -26,6 +26,8 @@ class DraftTree:
     valid_T: jax.Array  # bool; ancestor-closed, the root always valid
     # log-probabilities of the law that drew each node's children, where a rule needs them
     law_TxV: jax.Array | None = None
+    # int32: the drafter's most probable first tokens, best first, where it was asked for them
+    expected_K: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)

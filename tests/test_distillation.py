@@ -12,7 +12,13 @@ from scipy.stats import ttest_rel
 
 from configs import distillation
 from experiments.compare import train_config
-from experiments.distillation import difference, holm, plain_of, summarise, taus_by_seed
+from experiments.distillation import (
+    difference,
+    holm,
+    plain_of,
+    summarise,
+    taus_by_seed,
+)
 from specjax.training.objective import make_objective
 
 PLAIN = "fasteagle/plain"
@@ -24,7 +30,7 @@ def rows_of(taus, train_seconds=1.0):
     return [
         {
             "method": method, "seed": seed, "tau": tau, "train_seconds": train_seconds,
-            "acceptance_by_depth": [0.5, 0.25][: 1 + (tau > 1.5)],
+            "acceptance_by_depth": [0.5, 0.25][: 1 + (tau > 1.5)], "draft_ms": seed, "verify_ms": 4,
         }
         for method, values in taus.items()
         for seed, tau in enumerate(values)
@@ -64,6 +70,7 @@ def test_the_summary_starts_with_plain_and_says_costs_as_ratios():
     assert [s["method"] for s in summary] == list(names)
     assert summary[2]["flops_ratio"] == 3 and summary[2]["step_ratio"] == 2
     assert summary[2]["difference"] == pytest.approx(1.05) and summary[1]["p_holm"] == 1.0
+    assert (summary[0]["draft_ms"], summary[0]["verify_ms"]) == (0.5, 4)  # means over seeds
     assert len(summary[0]["acceptance_by_depth"]) == 1  # as deep as every seed got
 
 

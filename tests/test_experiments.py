@@ -10,6 +10,7 @@ import sys
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 from toys import toy_target
 
@@ -65,6 +66,17 @@ def test_the_common_table_holds_every_drafter_it_lists(tmp_path):
     for row in rows:
         verdict = row["lossless"]
         assert verdict["identical"] + verdict["ties"] == verdict["checked"] == 2
+
+
+def test_the_common_table_lists_every_drafter_with_its_own_training():
+    config = importlib.import_module("configs.compare").get_config()
+    assert {d.drafter for d in config.drafters.values()} == set(specjax.drafter_names())
+    for name, drafter in config.drafters.items():
+        own = importlib.import_module(f"configs.{drafter.drafter}").get_config()
+        if name not in own.drafters:  # variants of other names: compared as they are, by FastEagle
+            assert name == "fasteagle_x" and not drafter.train
+            continue
+        assert compare.train_config(config, name) == compare.train_config(own, name), name
 
 
 def test_what_is_written_up_can_be_drawn_again(tmp_path):
@@ -145,6 +157,36 @@ def test_drafters_that_are_not_trained_cost_nothing(name, tmp_path, monkeypatch)
     for budget in config.drafters[name].budgets:
         assert method.drafter.with_budget(**budget).definition.nodes > 1
     assert not bench.metrics.path.exists()
+
+
+def test_a_ready_model_is_not_trained_but_its_head_is_fitted(tmp_path, monkeypatch):
+    """The folder's weights come out as they went in; only steps of its own ask for training."""
+    monkeypatch.setattr(compare, "train_drafter", None)  # not even called
+    target, small = toy_target(), toy_target(seed=3, num_layers=1)
+    save_target(tmp_path / "small", small.config, small.params, "float32")
+    config = importlib.import_module("configs.draft_model").get_config("smoke").lock()
+    for name in ("draft_model", "draft_model_specdec"):
+        config.drafters[name].init.folder = str(tmp_path / "small")
+    config.train.acceptance_steps, config.train.batch_size = 2, 1
+    rows = pad_rows([([1, 2, 3, 4, 5], 1)], 8, True)
+    bench = compare.Bench(
+        config, tmp_path, target, sharding.make_mesh((1, 1, 1), jax.devices()[:1]),
+        metrics=None, train_prompts=[], train_rows=rows, tasks={"none": []},
+        shapes={"none": Shapes()},
+    )  # fmt: skip
+    names = ("draft_model", "draft_model_specdec")
+    for method in compare.train_all(bench, 0, names):
+        drafter = specjax.load_drafter(tmp_path / "drafters" / method.name, target)
+        assert method.cost == TrainingCost(0, 0.0)
+        for weight in ("embed", "layers", "final_norm"):
+            expected = small.params[weight]
+            jax.tree.map(np.testing.assert_array_equal, drafter.params[weight], expected)
+    head = drafter.params["buffers"]["acceptance"]
+    assert all(np.any(np.asarray(block["kernel"])) for block in head["blocks"])
+    with config.unlocked():
+        config.drafters.draft_model.train.steps = 5
+    with pytest.raises(TypeError, match="not callable"):
+        compare.train_all(bench, 0, ("draft_model",))
 
 
 @pytest.fixture(scope="module")

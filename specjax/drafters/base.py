@@ -57,6 +57,9 @@ class Scored:
     taps_BxTxM: jax.Array | None
 
 
+_SET_BY_OTHERS = ("target", "proposal", "expected")
+
+
 def split_buffers(params) -> tuple[dict[str, Any], dict[str, Any]]:
     """(trainable parameters, constants such as a draft vocabulary's ids) of a drafter."""
     return {k: v for k, v in params.items() if k != "buffers"}, params.get("buffers", {})
@@ -81,6 +84,9 @@ class Drafter:
     target: ModelConfig
     # How tokens are drawn; set by the rule that verifies them, not by the user.
     proposal: Proposal = dataclasses.field(default=Proposal(), kw_only=True)
+    # Best first tokens to say beside the tree (`DraftTree.expected_K`), if it has a law of them;
+    # set by who prunes by them, not by the user.
+    expected: int = dataclasses.field(default=0, kw_only=True)
 
     @property
     def nodes(self) -> int:
@@ -120,7 +126,7 @@ class Drafter:
     @classmethod
     def _check_fields(cls, config) -> None:
         fields = {f.name: f.type for f in dataclasses.fields(cls)}
-        fields = {k: v for k, v in fields.items() if k not in ("target", "proposal")}
+        fields = {k: v for k, v in fields.items() if k not in _SET_BY_OTHERS}
         unknown = sorted(set(config) - set(fields))
         if unknown:
             raise ValueError(
@@ -134,7 +140,7 @@ class Drafter:
     def plain(self) -> dict[str, Any]:
         """Its configuration as JSON can hold it; the target's is kept apart."""
         fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("target", "proposal")}
+        return {k: v for k, v in fields.items() if k not in _SET_BY_OTHERS}
 
     @classmethod
     def load(cls, target, folder) -> tuple[dict[str, Any], dict[str, Any]]:

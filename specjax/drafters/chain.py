@@ -132,6 +132,7 @@ class ChainDrafter(LearnedDrafter):
             jnp.ones(B),
             law_BxTxV,
         )
+        logits_BxV = self.logits(params, target_params, draft.hidden_BxD[:, None])[:, 0]  # as drawn
         draft = self._draw(params, target_params, draft, 1, key)
 
         def step(level, draft):
@@ -153,7 +154,8 @@ class ChainDrafter(LearnedDrafter):
                 (jnp.int32(1), draft),
             )
         tree = self.topology.draft(draft.tokens_BxT, draft.law_BxTxV)
-        return tree.replace(valid_T=draft.valid_BxT), draft.cache.replace(lengths_B=start_B)
+        tree = self.expecting(params, tree.replace(valid_T=draft.valid_BxT), logits_BxV)
+        return tree, draft.cache.replace(lengths_B=start_B)
 
     def _draw(self, params, target_params, draft: _Chain, level, keys_B) -> _Chain:
         """Draws token `level` where the row is alive, and decides where it drafts on."""
@@ -175,7 +177,12 @@ class ChainDrafter(LearnedDrafter):
             alive_B &= (jnp.exp(logp_B) >= self.threshold) | (level < self.min_depth)
         if self.stop == "specdec":
             # The state has read token level - 1 (the root at level 1, which is never in doubt).
-            head = params["buffers"]["acceptance"]
+            head = params.get("buffers", {}).get("acceptance")
+            if head is None:
+                raise ValueError(
+                    f"stop: 'specdec' needs an acceptance head, which this {self.name} was made "
+                    "without; specjax.training.acceptance.fit_acceptance gives it one"
+                )
             accept_B = jax.nn.sigmoid(acceptance_logit(head, draft.hidden_BxD))
             survive_B = jnp.where(level > 1, survive_B * accept_B, survive_B)
             alive_B &= (1 - survive_B <= self.threshold) | (level < self.min_depth)

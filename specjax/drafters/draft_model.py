@@ -6,15 +6,15 @@ do; without one, a shallow model of the target's family is made and distilled li
 
 import dataclasses
 import functools
+import warnings
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 
 from specjax.cache import KVCache, empty_cache
 from specjax.data.tokenizer import load_tokenizer
 from specjax.drafters.chain import ChainDrafter
-from specjax.drafters.stopping import init_head
+from specjax.drafters.stopping import neutral_head
 from specjax.models.config import ModelConfig, read_config
 from specjax.models.hf import load_params
 from specjax.models.target import resolve_folder
@@ -64,9 +64,16 @@ class DraftModel(ChainDrafter):
         """Any Hugging Face folder of a supported family with the target's vocabulary."""
         folder = resolve_folder(str(folder))
         model = read_config(folder)
-        if target.tokenizer is not None and (folder / "tokenizer.json").is_file():
+        path = folder / "tokenizer.json"
+        if target.tokenizer is not None and not path.is_file():
+            warnings.warn(
+                f"{path}: missing; that both models give their {model.vocab_size} tokens the same "
+                "ids is not checked",
+                stacklevel=3,
+            )
+        elif target.tokenizer is not None:
             if load_tokenizer(folder).get_vocab() != target.tokenizer.get_vocab():
-                raise ValueError(f"{folder / 'tokenizer.json'}: not the target's vocabulary")
+                raise ValueError(f"{path}: not the target's vocabulary")
         at = None if target.mesh is None else functools.partial(leaf_sharding, target.mesh)
         params = load_params(folder, model, target.params["embed"].dtype, at)
         return {"own_model": model}, params
@@ -77,9 +84,8 @@ class DraftModel(ChainDrafter):
         for name in {"embed", "head"} & set(params) & set(target_params):
             if params[name].shape == target_params[name].shape:
                 params[name] = target_params[name].astype(jnp.float32)
-        if self.stop == "specdec":  # fitted after the model, which stays as it is
-            head = init_head(jax.random.fold_in(key, 1), self.model.hidden_size)
-            params["buffers"] = {"acceptance": head}
+        if self.stop == "specdec":  # fitted after the model: `training.acceptance.fit_acceptance`
+            params["buffers"] = {"acceptance": neutral_head(self.model.hidden_size)}
         return params
 
     def init_state(self, batch: int, slots: int, dtype) -> KVCache:

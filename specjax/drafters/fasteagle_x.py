@@ -47,7 +47,7 @@ class FastEagleX(FastEagle):
     )
 
     rank: int = 0  # of the transition bias, e.g. 32; 0 = none
-    pool: int = 8  # candidates of a depth that are told apart by their parent
+    pool: int = 8  # candidates of a depth told apart by their parent; read where trees need it
     paths: tuple[tuple[int, ...], ...] = ()  # ranks from the root to each node; () = the backbone
     total_nodes: int = 0  # T of a tree grown best first, `candidates` children a node; 0 = static
 
@@ -57,7 +57,7 @@ class FastEagleX(FastEagle):
         super().__post_init__()
         if self.rank < 0:
             raise ValueError(f"rank: {self.rank} must be at least 0")
-        if self.pool < self.candidates:
+        if (self.rank or self.total_nodes) and self.pool < self.candidates:
             raise ValueError(f"pool: {self.pool} must be at least candidates={self.candidates}")
         if self.paths and self.total_nodes:
             raise ValueError("paths, total_nodes: one tree is static, the other grown; give one")
@@ -66,8 +66,9 @@ class FastEagleX(FastEagle):
             if deepest > self.num_layers:
                 raise ValueError(f"paths: depth {deepest} exceeds num_layers={self.num_layers}")
             widest = max(max(path) for path in self.paths) + 1
-            if widest > self.pool:
-                raise ValueError(f"paths: rank {widest - 1} lies outside the pool of {self.pool}")
+            pool = self.pool if self.rank else self.draft_vocab_size or self.target.vocab_size
+            if widest > pool:
+                raise ValueError(f"paths: rank {widest - 1} lies outside the pool of {pool}")
         if self.total_nodes:
             size = 1 + sum(self._grown)
             if not self.depth < self.total_nodes <= size:
@@ -170,6 +171,11 @@ class FastEagleX(FastEagle):
             scores = self._scorer(params, target_params, read_BxNxD, head_WxD)
             grow = self._grow if self.topology is None else self._fill
             tree = grow(scores, root_B)
+        if self.expected:
+            first_BxD = read_BxNxD[:, 0]
+            if self.rank:
+                first_BxD += self.shift(params, target_params, 1, root_B[:, None])[:, 0]
+            tree = self.expecting(params, tree, readout(first_BxD, head_WxD))
         return tree, state.replace(cache=cache)
 
     def _scorer(self, params, target_params, read_BxNxD, head_WxD):

@@ -45,11 +45,16 @@ def merge(rows: Rows, depth: int, size: int) -> Rows:
         where all of the heavier ones fit.
       size: rows of the result, root included.
     """
-    N = rows.token_N.shape[0]
-    places_N = jnp.arange(N, dtype=jnp.int32)
     same_NxN = same_paths(rows, depth) & (rows.weight_N > 0)
     first_N = jnp.argmax(same_NxN, axis=1).astype(jnp.int32)
     total_N = jnp.sum(jnp.where(same_NxN, rows.weight_N, 0), axis=1)
+    return heaviest(rows, first_N, total_N, size)
+
+
+def heaviest(rows: Rows, first_N, total_N, size: int) -> Rows:
+    """`merge`, given the first row that spells each row's path and what all of those weigh."""
+    N = rows.token_N.shape[0]
+    places_N = jnp.arange(N, dtype=jnp.int32)
     total_N = jnp.where((first_N == places_N) & (rows.weight_N > 0), total_N, 0)
     total_N = jnp.pad(total_N, (0, max(0, size - N)))
     weight_M, kept_M = jax.lax.top_k(total_N, size)
@@ -82,8 +87,14 @@ def trie(found_RxK, size: int) -> Rows:
         (found_RxK >= 0).astype(jnp.int32),
     )
     root = (0, 0, 0, CERTAIN)
-    flat = [jnp.append(jnp.int32(r), p.reshape(-1)) for r, p in zip(root, parts, strict=True)]
-    return merge(Rows(*flat), K, size)
+    flat = lambda r, part: jnp.append(jnp.int32(r), part.reshape(-1))  # noqa: E731
+    rows = Rows(*map(flat, root, parts))
+    # Equal paths have equal depths: R^2 K comparisons, where rows of any tree take (R K)^2.
+    same_RxRxK = (found_RxK[:, None] == found_RxK) & (found_RxK >= 0)
+    same_RxRxK = jnp.cumprod(same_RxRxK.astype(jnp.int32), axis=-1)
+    first_RxK = jnp.argmax(same_RxRxK, axis=1).astype(jnp.int32)
+    first_N = flat(0, 1 + first_RxK * K + step_K)
+    return heaviest(rows, first_N, flat(CERTAIN, jnp.sum(same_RxRxK, axis=1)), size)
 
 
 def fuse(tree: DraftTree, other: Rows, branches: int, depth: int, size: int) -> DraftTree:

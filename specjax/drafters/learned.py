@@ -6,6 +6,8 @@ import jax.numpy as jnp
 
 from specjax.drafters.base import Drafter
 from specjax.models.linear import readout
+from specjax.sampling import top_candidates
+from specjax.trees import DraftTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,13 @@ class LearnedDrafter(Drafter):
     def logits(self, params, target_params, hidden_BxTxD):
         """Draft logits over the draft vocabulary, BxTxW float32."""
         return readout(self.normed(params, hidden_BxTxD), self.head(params, target_params))
+
+    def expecting(self, params, tree: DraftTree, logits_BxW) -> DraftTree:
+        """The tree with the best tokens of its first depth's law beside it, if asked for."""
+        if not self.expected:
+            return tree
+        _, best_BxK = top_candidates(logits_BxW, min(self.expected, logits_BxW.shape[-1]))
+        return tree.replace(expected_K=self.to_target_ids(params, best_BxK))
 
     # ---- the draft vocabulary ----------------------------------------------------------------
 

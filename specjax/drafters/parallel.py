@@ -45,7 +45,8 @@ class ParallelDrafter(LearnedDrafter):
             drafted_BxM, law_BxTxV = best_BxNxC[:, level_M, rank_M], None
             drafted_BxM = self.to_target_ids(params, drafted_BxM)
         tokens_BxT = jnp.concatenate([root_B[:, None], drafted_BxM], axis=1)
-        return self.topology.draft(tokens_BxT, law_BxTxV)
+        tree = self.topology.draft(tokens_BxT, law_BxTxV)
+        return self.expecting(params, tree, logits_BxNxW[:, 0])
 
     def _sampled(self, params, logits_BxNxW, keys_B):
         """Tokens of rows 1.. and the law behind every row's children.

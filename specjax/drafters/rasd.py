@@ -6,10 +6,11 @@ drafter expects next, and fuses it with the inner drafter's tree by longest pref
 forward verifies the union. Without an inner drafter it is retrieval alone, which trains nothing.
 
 The criterion of pruning and the budgets are not publicly confirmed. Ours: a continuation stays if
-its first token is among those that the inner tree tries first, which asks of a drafter no more than
-its tree; of the trie the most frequent rows stay, up to `retrieved_nodes`; and inner rows are never
-given up for retrieved ones. Suffixes of 16 down to 2 tokens and continuations of 10 are REST's
-(arXiv 2311.08252).
+its first token is among the `prune_top` that the inner drafter holds most probable (lookup drafters
+have no such law: among those that their tree tries first), and nothing is pruned where the inner
+draft is empty; of the trie the most frequent rows stay, up to `retrieved_nodes`; and inner rows are
+never given up for retrieved ones. Suffixes of 16 down to 2 tokens and continuations of 10 are
+REST's (arXiv 2311.08252).
 
 The parameters are the inner drafter's own; the corpus is a constant among its buffers.
 """
@@ -42,6 +43,7 @@ class Rasd(Drafter):
     retrieved_nodes: int = 16  # M: rows of the retrieved trie
     total_nodes: int = 0  # T, root included; 0 = the inner tree and the whole trie
     prune: bool = True
+    prune_top: int = 10  # first tokens of the inner drafter's law that may be continued
 
     def __post_init__(self):
         if not 1 <= self.min_suffix <= self.max_suffix:
@@ -52,6 +54,8 @@ class Rasd(Drafter):
             raise ValueError(f"hits: {self.hits} must be in [1, 64]")
         if self.continuation < 1 or self.retrieved_nodes < 1:
             raise ValueError("continuation, retrieved_nodes: must be at least 1")
+        if self.prune_top < 1:
+            raise ValueError(f"prune_top: {self.prune_top} must be at least 1")
         if self.corpus_size < 0 or not (self.history or self.corpus_size):
             raise ValueError(
                 f"corpus_size: {self.corpus_size} and no history leave nothing to read"
@@ -166,16 +170,21 @@ class Rasd(Drafter):
     # ---- drafting --------------------------------------------------------------------------------
 
     def draft(self, params, target_params, state, context, key):
-        tree, state = self._drafter.draft(params, target_params, state, context, key)
+        inner = self._drafter
+        if self.prune:
+            inner = dataclasses.replace(inner, expected=self.prune_top)
+        tree, state = inner.draft(params, target_params, state, context, key)
         corpus = params["buffers"]["corpus"] if self.corpus_size else None
 
         def one(tree, tokens_S, length):
             found_RxK = self._retrieve(corpus, tokens_S, length)
-            if self.prune and self._drafter.depth:
-                first_T = jnp.where(
-                    tree.valid_T & (tree.depth_T == 1), tree.tokens_T, retrieval.GAP
-                )
-                expected_R = jnp.any(found_RxK[:, :1] == first_T, axis=1)
+            if self.prune:
+                first_K = tree.expected_K
+                if first_K is None:
+                    here_T = tree.valid_T & (tree.depth_T == 1)
+                    first_K = jnp.where(here_T, tree.tokens_T, retrieval.GAP)
+                expected_R = jnp.any(found_RxK[:, :1] == first_K, axis=1)
+                expected_R |= ~jnp.any(first_K != retrieval.GAP)  # an empty draft expects nothing
                 found_RxK = jnp.where(expected_R[:, None], found_RxK, retrieval.GAP)
             retrieved = trie(found_RxK, 1 + self.retrieved_nodes)
             branches = min(self.retrieved_nodes, self._sources * self.hits)

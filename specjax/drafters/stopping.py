@@ -24,6 +24,14 @@ def init_head(key, size: int) -> dict:
     return {"blocks": blocks, "readout": readout}
 
 
+def neutral_head(size: int) -> dict:
+    """A head that expects every token to be accepted: until it is fitted it stops nothing."""
+    shapes = jax.eval_shape(lambda key: init_head(key, size), jax.random.key(0))
+    head = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    head["readout"]["bias"] += 100.0  # its sigmoid is 1 in float32
+    return head
+
+
 def acceptance_logit(head: dict, states):
     """Logit of the predicted acceptance of the token that a state (last axis D) has just read."""
     x = states.astype(jnp.float32)

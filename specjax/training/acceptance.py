@@ -16,7 +16,8 @@ import optax
 
 from specjax.drafters.base import split_buffers
 from specjax.drafters.draft_model import DraftModel
-from specjax.drafters.stopping import acceptance_logit
+from specjax.drafters.rasd import Rasd
+from specjax.drafters.stopping import acceptance_logit, init_head
 from specjax.models import transformer
 from specjax.models.target import Target
 from specjax.progress import say
@@ -26,9 +27,17 @@ TARGET_SHARE = 0.15  # of the tokens read that are the target's
 REJECTION_WEIGHT = 6.0
 
 
+def model_of(drafter: TrainedDrafter) -> DraftModel | None:
+    """The draft model that a drafter is, or that `rasd` has inside."""
+    definition = drafter.definition
+    inner = definition.inner if isinstance(definition, Rasd) else definition
+    return inner if isinstance(inner, DraftModel) else None
+
+
 def wants_acceptance_head(drafter: TrainedDrafter) -> bool:
     """Whether a drafter stops by predicted acceptance."""
-    return isinstance(drafter.definition, DraftModel) and drafter.definition.stop == "specdec"
+    model = model_of(drafter)
+    return model is not None and model.stop == "specdec"
 
 
 def weighted_loss(logits, labels, weight: float = REJECTION_WEIGHT, where=None):
@@ -67,8 +76,18 @@ def _states_and_labels(definition, config, params, target_params, rows, key):
 def fit_acceptance(
     target: Target, drafter: TrainedDrafter, batch_fn, steps: int, learning_rate=1e-3, seed: int = 0
 ) -> tuple[TrainedDrafter, float]:
-    """(the drafter with its head fitted, the last loss); `batch_fn(step)` gives rows of text."""
-    definition, (params, buffers) = drafter.definition, split_buffers(drafter.params)
+    """(the drafter with a head fitted and stop="specdec", the last loss).
+
+    Args:
+      drafter: a `draft_model`, or `rasd` around one; a head that it has is replaced.
+      batch_fn: step -> rows of text.
+
+    Raises:
+      ValueError: no draft model.
+    """
+    definition, (params, buffers) = model_of(drafter), split_buffers(drafter.params)
+    if definition is None:
+        raise ValueError(f"drafter: {drafter.name!r} is no 'draft_model', nor 'rasd' around one")
     optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, steps))
 
     @jax.jit
@@ -81,7 +100,7 @@ def fit_acceptance(
         updates, opt_state = optimizer.update(grads, opt_state)
         return optax.apply_updates(head, updates), opt_state, loss
 
-    head = buffers["acceptance"]
+    head = init_head(jax.random.fold_in(jax.random.key(seed), steps), definition.model.hidden_size)
     opt_state, loss = optimizer.init(head), jnp.nan
     for index in range(steps):
         rows = batch_fn(index)
@@ -90,4 +109,6 @@ def fit_acceptance(
         head, opt_state, loss = step(head, opt_state, *batch)
     say(f"{drafter.name}: acceptance head fitted in {steps} steps, loss {float(loss):.3f}")
     params = drafter.params | {"buffers": buffers | {"acceptance": head}}
-    return dataclasses.replace(drafter, params=params), float(loss)
+    stop = {"stop": "specdec"}
+    fitted = drafter.with_budget(**({"inner_options": stop} if drafter.name == "rasd" else stop))
+    return dataclasses.replace(fitted, params=params), float(loss)

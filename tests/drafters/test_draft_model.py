@@ -1,6 +1,7 @@
 """A draft model drafts what it would have written itself, whatever was accepted before."""
 
 import dataclasses
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,12 @@ from specjax.generation import make_engine, start
 from specjax.models import transformer
 from specjax.models.hf import save_target
 from specjax.models.target import Target
-from specjax.training.acceptance import _states_and_labels, fit_acceptance, weighted_loss
+from specjax.training.acceptance import (
+    _states_and_labels,
+    fit_acceptance,
+    wants_acceptance_head,
+    weighted_loss,
+)
 
 DEPTH = 3
 
@@ -128,6 +134,19 @@ def test_another_tokenizer_of_the_same_size_is_refused(tmp_path):
     specjax.init_drafter("draft_model", target, folder=tmp_path / "ours")
     with pytest.raises(ValueError, match="theirs/tokenizer.json: not the target's vocabulary"):
         specjax.init_drafter("draft_model", target, folder=tmp_path / "theirs")
+
+
+def test_tokens_that_cannot_be_compared_are_spoken_of(tmp_path):
+    model = random_target(num_layers=1, vocab_size=300)
+    for name in ("ours", "bare"):
+        save_target(tmp_path / name, model.config, model.params)
+    save_tokenizer(train_bpe(["aaaa bbbb " * 9], 262), tmp_path / "ours", model_max_length=64)
+    target = specjax.load_target(tmp_path / "ours")
+    with pytest.warns(UserWarning, match="bare/tokenizer.json: missing; .*300 tokens.*not checked"):
+        specjax.init_drafter("draft_model", target, folder=tmp_path / "bare")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        specjax.init_drafter("draft_model", target, folder=tmp_path / "ours")
 
 
 # ---- adaptive length -----------------------------------------------------------------------------
@@ -247,3 +266,29 @@ def test_a_fitted_head_knows_a_model_that_is_always_right(target, tmp_path):
     assert loss < 0.1 and (lengths_of(target, fitted) == 6).all()
     for name in ("embed", "layers"):  # the model itself stays as it was
         jax.tree.map(np.testing.assert_array_equal, fitted.params[name], drafter.params[name])
+
+
+def test_a_head_that_was_not_fitted_stops_nothing(target, judged):
+    assert (lengths_of(target, judged, threshold=0.0) == 6).all()
+
+
+def test_any_draft_model_is_given_a_head_by_fitting(target):
+    rows = lambda step: {  # noqa: E731
+        "tokens": np.random.default_rng(step).integers(12, size=(2, 8)),
+        "supervised": np.ones((2, 8), bool),
+    }  # fmt: skip
+    plain = specjax.init_drafter("draft_model", target, num_layers=1, draft_depth=3)
+    around = fused(plain, PROMPTS)
+    with pytest.raises(ValueError, match="'specdec' needs an acceptance head.*fit_acceptance"):
+        specjax.generate(target, PROMPTS, plain.with_budget(stop="specdec"), 4)
+    heads = []
+    for drafter in (plain, around):
+        assert not wants_acceptance_head(drafter)
+        fitted, _ = fit_acceptance(target, drafter, rows, steps=2)
+        assert wants_acceptance_head(fitted) and not wants_acceptance_head(drafter)
+        specjax.generate(target, PROMPTS[:1], fitted, 4)
+        heads.append(fitted.params["buffers"]["acceptance"])
+    jax.tree.map(np.testing.assert_array_equal, *heads)
+    assert fitted.params["buffers"]["corpus"] is around.params["buffers"]["corpus"]
+    with pytest.raises(ValueError, match="'prompt_lookup' is no 'draft_model'"):
+        fit_acceptance(target, specjax.init_drafter("prompt_lookup", target), rows, 1)

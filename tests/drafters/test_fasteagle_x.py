@@ -11,6 +11,7 @@ from toys import PROMPTS, prefilled, toy_target
 
 import specjax
 from specjax import decoding
+from specjax.drafters import FastEagleX
 from specjax.drafters.features import last_rows
 from specjax.evaluation.best_paths import best_paths, count_prefixes
 from specjax.generation import make_engine
@@ -260,10 +261,11 @@ def test_ranks_are_those_of_the_written_law(target):
     "config, message",
     [
         (dict(rank=-1), "rank: -1"),
-        (dict(pool=2, candidates=3), "pool: 2 .*candidates=3"),
+        (dict(pool=2, candidates=3, rank=4), "pool: 2 .*candidates=3"),
+        (dict(pool=2, candidates=3, total_nodes=9), "pool: 2 .*candidates=3"),
         (dict(paths=((0,),), total_nodes=5), "paths, total_nodes"),
         (dict(paths=((0,) * 4,)), "paths: depth 4 exceeds num_layers=3"),
-        (dict(paths=((9,),)), "paths: rank 9 .*pool of 8"),
+        (dict(paths=((9,),), rank=4), "paths: rank 9 .*pool of 8"),
         (dict(total_nodes=3), "total_nodes: 3 must exceed depth=3"),
         (dict(candidates=2, total_nodes=12), "total_nodes: 12 .*at most 11"),
     ],
@@ -271,3 +273,11 @@ def test_ranks_are_those_of_the_written_law(target):
 def test_bad_fields_are_named(target, config, message):
     with pytest.raises(ValueError, match=message):
         specjax.init_drafter("fasteagle_x", target, **(dict(num_layers=3) | config))
+
+
+def test_a_pool_that_nothing_reads_bounds_nothing(target):
+    """Without a bias static trees are FastEagle's, whose fields mean what they mean there."""
+    make = lambda **config: FastEagleX(target.config, num_layers=2, **config)  # noqa: E731
+    assert make(candidates=10).nodes == 21 and make(paths=((9,),)).nodes == 2
+    with pytest.raises(ValueError, match="paths: rank 12 .*pool of 12"):
+        make(paths=((12,),))

@@ -10,6 +10,7 @@ import itertools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from toys import (
@@ -26,6 +27,8 @@ import specjax
 from specjax import decoding
 from specjax.cache import KVCache
 from specjax.drafters.features import FeatureState
+from specjax.drafters.stopping import init_head
+from specjax.drafters.token_recycling import Successors
 from specjax.generation import make_engine, resume
 from specjax.models.checkpoint import Checkpoint
 from specjax.models.transformer import forward
@@ -72,6 +75,8 @@ VARIANTS = {
         "alone": RETRIEVED,
         "fused": RETRIEVED
         | dict(inner="fasteagle", inner_options=dict(num_layers=3, candidates=2), prune=False),
+        "pruned": RETRIEVED
+        | dict(inner="fasteagle", inner_options=dict(num_layers=3), prune_top=3),
         "fused with a model": RETRIEVED
         | dict(inner="draft_model", inner_options=dict(draft_depth=2, num_layers=1), prune=False),
     },
@@ -106,6 +111,10 @@ class Case:
     def __init__(self, target, name, config):
         self.target, self.name, self.config = target, name, config
         self.drafter = specjax.init_drafter(name, target, seed=1, **config)
+        if config.get("stop") == "specdec":  # a fresh head stops nothing
+            head = init_head(jax.random.key(1), target.config.hidden_size)
+            params = self.drafter.params | {"buffers": {"acceptance": head}}
+            self.drafter = dataclasses.replace(self.drafter, params=params)
         self.engine, self.params = make_engine(target, self.drafter, stop_tokens=STOPS)
         state = self.prefill(PROMPTS, LIMITS)
         compiled = decoding.jit_round._cache_size()
@@ -208,6 +217,36 @@ def test_a_request_alone_gives_what_it_gives_in_a_batch(case, expected):
         assert emitted(state) == [emitted(case.final)[b]]
 
 
+def adversarial(drafter, key):
+    """The drafter with other tokens in every valid row below the root, at random each round."""
+
+    class Adversary(type(drafter)):
+        def draft(self, params, target_params, state, context, keys_B):
+            tree, state = super().draft(params, target_params, state, context, keys_B)
+            at = jnp.sum(context.lengths_B)  # rounds differ, rows of one tree too
+            tokens = jax.random.randint(
+                jax.random.fold_in(key, at), tree.tokens_T.shape, 0, self.target.vocab_size
+            )
+            drafted = tree.valid_T & (tree.depth_T > 0)
+            return tree.replace(tokens_T=jnp.where(drafted, tokens, tree.tokens_T)), state
+
+    fields = {f.name: getattr(drafter, f.name) for f in dataclasses.fields(drafter)}
+    return Adversary(**fields)
+
+
+@pytest.mark.parametrize("name", specjax.drafter_names())
+def test_adversarial_drafts_never_change_the_output(target, expected, name):
+    """Random tokens in place of what was drafted: siblings may be equal, all may be wrong."""
+    config = list(VARIANTS.get(name, {"default": {}}).values())[-1]
+    drafter = specjax.init_drafter(name, target, seed=1, **config)
+    engine, params = make_engine(target, drafter, stop_tokens=STOPS)
+    engine = dataclasses.replace(engine, drafter=adversarial(engine.drafter, jax.random.key(2)))
+    start = prefilled(engine, params, PROMPTS, LIMITS, WIDTH, SLOTS)
+    state = jax.device_get(decoding.run_device(engine, params, start).replace(keys_B=None))
+    assert new_tokens(state) == expected
+    assert max(c for row in emitted(state) for c in row) > 1  # a random token is right now and then
+
+
 def test_sampled_requests_do_not_see_their_neighbours(case):
     """Noise belongs to the request: another place, other company, the same tokens."""
     skip_chain(case)
@@ -251,6 +290,23 @@ def test_state_equals_one_rebuilt_from_the_committed_tokens(case):
             pairs = zip(committed_rows(a), committed_rows(b), strict=True)
             for (row, was, n), (_, again, _) in pairs:
                 np.testing.assert_allclose(was[row, :, :n], again[row, :, :n], atol=1e-5)
+
+
+# Caches and pending rows are compared elsewhere; successors are learnt from rejected rows as well.
+COMPARED_ELSEWHERE = (KVCache, FeatureState, Successors)
+
+
+def test_all_other_state_is_one_rebuilt_from_the_committed_tokens(case):
+    texts = [p + new[:-1] for p, new in zip(PROMPTS, new_tokens(case.final), strict=True)]
+    fresh = jax.device_get(case.prefill(texts, 1))  # the root drawn anew: the same
+    np.testing.assert_array_equal(fresh.lengths_B, case.final.lengths_B)
+    is_other = lambda x: isinstance(x, COMPARED_ELSEWHERE)  # noqa: E731
+    ours, theirs = (
+        [x for x in jax.tree.leaves(s.drafter, is_leaf=is_other) if not is_other(x)]
+        for s in (case.final, fresh)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_pending_rows_pair_features_with_the_token_that_follows(case):

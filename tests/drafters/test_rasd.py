@@ -75,7 +75,7 @@ def three(target, inner):
     both = fused(inner, texts, prune=False, **settings)
     record, trees = rounds(target, both)
     parts = [fused(specjax.init_drafter("rasd", target), texts, **settings), inner]
-    parts.append(fused(inner, texts, **settings))
+    parts.append(fused(inner, texts, prune_top=3, **settings))
     found = []
     for part in parts:
         engine, params = make_engine(target, part, stop_tokens=())
@@ -120,6 +120,36 @@ def test_pruning_keeps_what_starts_as_the_inner_tree_does(three):
         assert pruned == tree | expected
         dropped += len(retrieved) - len(expected)
     assert dropped > 10
+
+
+def test_a_chain_prunes_by_its_law_and_an_empty_draft_not_at_all(target, inner, three):
+    """What stays does not depend on how many of the first tokens the inner tree tries itself."""
+    record, settings = three[0], dict(min_suffix=1, hits=3, continuation=4, retrieved_nodes=30)
+    chain = inner.with_budget(candidates=1)
+    dropped, offered = 0, 0
+
+    def drafted(drafter):
+        engine, params = make_engine(target, drafter, stop_tokens=())
+        return drafts(engine, params, target, record)
+
+    free, pruned = (drafted(fused(chain, prune=p, prune_top=3, **settings)) for p in (False, True))
+    first = drafted(inner)  # its best three
+    for all_of_it, some, best in zip(free, pruned, first, strict=True):
+        for b in range(len(PROMPTS)):
+            expected = {p for p in paths(best, b) if len(p) == 1}
+            kept = {p for p in paths(all_of_it, b) if p[:1] in expected}
+            assert paths(some, b) == kept
+            dropped += len(paths(all_of_it, b) - kept)
+            offered += len({p[:1] for p in kept}) > 1
+    assert dropped > 5 and offered > 5
+
+    lookup = specjax.init_drafter("prompt_lookup", target, max_ngram=3, draft_depth=2)
+    none = np.zeros_like(record[0].tokens_BxS)
+    none[:, :8] = [1, 2, 3, 4, 5, 2, 3, 6]  # its last token is new: nothing to copy
+    text = Context(jnp.asarray(none), jnp.full(len(PROMPTS), 8))
+    around = fused(lookup, [[9, 6, 7, 8]], history=False, min_suffix=1)
+    tree, _ = around.definition.draft(around.params, target.params, (), text, None)
+    assert paths(tree, 0) == {(7,), (7, 8)}
 
 
 def test_text_copied_from_the_corpus_is_drafted_whole(target, truth):
@@ -210,6 +240,7 @@ def test_by_name_it_is_the_inner_drafter_and_retrieval(target, inner):
         (dict(hits=0), "hits"),
         (dict(continuation=0), "continuation"),
         (dict(retrieved_nodes=0), "retrieved_nodes"),
+        (dict(prune_top=0), "prune_top"),
         (dict(history=False), "corpus_size"),
         (dict(total_nodes=1), "total_nodes.*2, 17"),
         (dict(total_nodes=18), "total_nodes"),

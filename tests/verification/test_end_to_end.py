@@ -81,7 +81,10 @@ def drafter(target):
             "kangaroo": dict(exit_layer=1, draft_depth=2),
             "prompt_lookup": dict(draft_depth=2),
             "token_recycling": dict(successors=2, tree_nodes=4),
-        }[name]  # fmt: skip
+            "fasteagle_x": dict(num_layers=2, rank=2, pool=4, candidates=2),
+            "dflash": dict(num_layers=1, block_size=3, candidates=2),
+            "rasd": dict(min_suffix=1, continuation=2, hits=2, retrieved_nodes=4),
+        }.get(name, {})  # fmt: skip
         return specjax.init_drafter(name, target, **steps, **dict(shape))
 
     return of
@@ -178,6 +181,16 @@ def test_broken_weights_keep_the_law(target, drafter, joint, run):
     for first, last in ((0, 4), (2, NEW)):
         p_value = laws.chi_square(*marginal(joint(sampling), tokens, first, last))
         assert p_value > 1e-2 / (2 * len(RUNS)), (first, last)
+
+
+@pytest.mark.parametrize("name", specjax.drafter_names())
+def test_the_joint_law_with_every_drafter(target, drafter, joint, name):
+    """By its default rule: a new drafter is covered once it is registered."""
+    tokens, accepts = generated(target, drafter(name, ()), WARM, None, seed=7)
+    assert max(max(a) for a in accepts) > 1
+    for first, last in ((0, 4), (2, NEW)):
+        p_value = laws.chi_square(*marginal(joint(WARM), tokens, first, last))
+        assert p_value > 1e-2 / (2 * len(specjax.drafter_names())), (first, last)
 
 
 def test_every_exact_rule_and_both_drafters_are_covered():
