@@ -45,7 +45,14 @@ def geometry(name: str):
 
 def contenders(config, target):
     """The drafters of a config."""
-    from experiments.compare import any_paths, budgets_of, drafter_rules, init_of, train_config
+    from experiments.compare import (
+        any_paths,
+        budgets_of,
+        drafter_rules,
+        init_of,
+        is_ready,
+        train_config,
+    )
     from specjax.drafters import DRAFTERS
     from specjax.planning.estimate import Contender
 
@@ -59,7 +66,9 @@ def contenders(config, target):
         definition = DRAFTERS[cfg.drafter].of(target, init)
         trees = tuple(definition.with_budget(**any_paths(b)) for b in budgets_of(cfg))
         rules = drafter_rules(config, definition)
-        found.append(Contender(name, definition, trees, train_config(config, name), rules))
+        trains = definition.trained and not is_ready(cfg)
+        train = train_config(config, name) if trains else None
+        found.append(Contender(name, definition, trees, train, rules))
     return found
 
 

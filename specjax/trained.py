@@ -20,7 +20,7 @@ from specjax.models.checkpoint import INDEX, SINGLE, WEIGHT_DTYPES, Checkpoint
 from specjax.models.config import ModelConfig, read_json
 from specjax.models.target import Target
 from specjax.sampling import seed_key
-from specjax.sharding import MODEL_RULES, Rules, fetch, path_of, place, shardings
+from specjax.sharding import Rules, drafter_rules, fetch, path_of, place, shardings
 
 FORMAT = "specjax"  # what config.json of a drafter of ours says
 # What may differ between a target and the record of it: nothing is computed from these.
@@ -97,7 +97,7 @@ def _family(name: str) -> type[Drafter]:
 
 def _layout(definition: Drafter, mesh, params, rules: Rules | None = None):
     """Shardings of a drafter's parameters (arrays or shapes); its own rules if none are given."""
-    rules = (*definition.partition, *MODEL_RULES) if rules is None else rules
+    rules = drafter_rules(definition.partition) if rules is None else rules
     return shardings(mesh, params, rules)
 
 

@@ -18,7 +18,7 @@ from specjax.planning.programs import (
     key_shape,
     state_shapes,
 )
-from specjax.sampling import GREEDY, Sampling
+from specjax.sampling import Sampling
 from specjax.training.drafter import layout, needs_reference, step_of
 
 # Reductions as library calls read whole arrays that no accelerator would make.
@@ -87,7 +87,6 @@ def compile_all(config, target, contenders, found: Estimate):
     model = model_of(config, target, mesh)
     temperature = max(config.eval.temperatures)
     sampling = Sampling(temperature, config.eval.top_k, config.eval.top_p)
-    sampling = sampling if temperature else GREEDY
     request = Request(config.eval.batch, found.prompt, config.eval.max_new_tokens)
     rows, by_name = [], {m.name: m for m in found.methods}
     for c in contenders:

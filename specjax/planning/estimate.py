@@ -26,7 +26,7 @@ from specjax.training.objective import make_objective
 from specjax.training.optimizers import make_optimizer
 
 UNKNOWN_PROMPT = 1024
-"""Tokens assumed of evaluation prompts where `eval.max_prompt_tokens` is 0: all of them."""
+"""Tokens assumed of prompts where `max_prompt_tokens`, `eval`'s or `data`'s, is 0: all of them."""
 CHECKPOINTS = 2  # that `training.checkpoints` keeps of each drafter
 
 
@@ -37,7 +37,7 @@ class Contender:
     name: str
     definition: Drafter
     trees: tuple[Drafter, ...]
-    train: ConfigDict
+    train: ConfigDict | None  # None: nothing is trained
     rules: sharding.Rules  # of its parameters and their optimiser's state
 
 
@@ -167,7 +167,6 @@ def estimate(config: ConfigDict, target, contenders, mesh, chip: Accelerator) ->
     layers = shards.device_bytes(mesh, {"layers": model.params["layers"]}, model.rules)
     temperature = max(config.eval.temperatures)
     sampling = Sampling(temperature, config.eval.top_k, config.eval.top_p)
-    sampling = sampling if temperature else GREEDY
     request = Request(config.eval.batch, bucketed(config, target), config.eval.max_new_tokens)
     rule = config.eval.rule
     trees = [t for c in contenders for t in c.trees]
@@ -182,9 +181,9 @@ def estimate(config: ConfigDict, target, contenders, mesh, chip: Accelerator) ->
     methods = [vanilla]
     for c in contenders:
         methods.append(_method(config, model, c, request, slots, sampling, rule, chip))
-    prompts = bucket(config.data.max_prompt_tokens)
+    prompts = bucket(config.data.max_prompt_tokens or UNKNOWN_PROMPT)
     writing = Request(config.data.batch, prompts, config.data.max_new_tokens)
-    own = Sampling(config.data.temperature) if config.data.temperature else GREEDY
+    own = Sampling(config.data.temperature)
     written = decode(model, None, writing, writing.slots(engines[:1]), own)
     tokens = config.data.count * config.data.length
     width = (len(target.feature_layers()) + 1) * target.hidden_size
@@ -215,7 +214,7 @@ def _method(config, model: Model, c: Contender, request, slots, sampling, rule, 
     tree = c.trees[0]
     decoding = decode(model, tree, request, slots, sampling, rule, c.rules)
     training, state_bytes = None, 0
-    if c.definition.trained:
+    if c.train is not None:
         training, state_bytes = _training(config, model, c, whole, chip)
     sends = _forward_sends(model, request.batch * tree.nodes)
     stored = shards.whole_bytes(whole) + shards.whole_bytes(buffers)

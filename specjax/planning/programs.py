@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from specjax import decoding, sharding
 from specjax.distillation.deepkd import stream_gradients
 from specjax.drafters import Drafter, Vanilla
-from specjax.generation import cache_slots
+from specjax.generation import cache_slots, settled
 from specjax.models.config import ModelConfig
 from specjax.planning import shards
 from specjax.planning.program import Needs, trace
@@ -20,7 +20,6 @@ from specjax.training.drafter import needs_reference
 from specjax.training.objective import drafter_loss, make_objective
 from specjax.training.optimizers import make_optimizer
 from specjax.training.state import TrainState, one_gradient
-from specjax.verification import get_rule
 
 # Of config.train: what a step depends on.
 STEP_FIELDS = ("steps", "batch_size", "optimizer", "loss", "remat")
@@ -151,14 +150,10 @@ class Request:
 def engine_of(
     config: ModelConfig, definition: Drafter | None, sampling, rule: str = "", layout=None
 ):
-    """The static half of decoding, as `generation.make_engine` settles it."""
+    """The static half of decoding, for a target on paper."""
     definition = Vanilla(config) if definition is None else definition
-    rule = get_rule(rule or definition.default_rule)
-    if sampling.greedy and rule.exact:
-        rule = get_rule("greedy")
-    return decoding.Engine(
-        config, definition.drawn(rule.draws, sampling), rule, sampling, (), layout
-    )
+    definition, rule = settled(definition, sampling, rule or None)
+    return decoding.Engine(config, definition, rule, sampling, layout=layout)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from specjax import sharding
 from specjax.drafters import Drafter
+from specjax.drafters.base import split_buffers
 from specjax.models.config import ModelConfig
 from specjax.models.transformer import init_params, stack_layers
 
@@ -30,7 +31,7 @@ def drafter_shapes(definition: Drafter, target_params):
     """(trainable parameters, constants) of a fresh drafter as shapes."""
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = jax.eval_shape(definition.init, key, target_params)
-    return {k: v for k, v in params.items() if k != "buffers"}, params.get("buffers", {})
+    return split_buffers(params)
 
 
 def count(tree) -> int:
