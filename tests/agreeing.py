@@ -15,11 +15,10 @@ import time
 import numpy as np
 from toys import random_target
 
-from specjax import processes, sharding
+from specjax import preemption, processes, sharding
 from specjax.data.feature_cache import FeatureCache
 from specjax.files import write_npz, write_safetensors, write_text
 from specjax.models.target import Target
-from specjax.training import preemption
 
 TAPS = (1, 3)
 

@@ -48,7 +48,7 @@ RECIPE = "--config=configs/fasteagle.py"
         (["--count=2"], "--file: [Errno 2] No such file or directory: '/nowhere'"),
         (["--count=3"], "--rule: invalid literal"),
         (["--count=4"], ": --rule: unknown"),
-        (["--count=5"], ": two lines"),
+        (["--count=5"], ": two\nlines"),
         (["--config=configs/nope.py"], "configs/nope.py"),
         (["--config=configs/nope.py", "--config.seed=1"], "configs/nope.py"),
         ([RECIPE + ":nope"], "unknown preset 'nope'"),

@@ -6,7 +6,7 @@ import jax
 import pytest
 from jax.experimental import multihost_utils
 
-from specjax.training import preemption
+from specjax import preemption
 
 
 class Service:

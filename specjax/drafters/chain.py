@@ -11,6 +11,7 @@ invalid, and drafting ends when every row of the batch has stopped.
 """
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import flax.struct
@@ -132,7 +133,7 @@ class ChainDrafter(LearnedDrafter):
             jnp.ones(B),
             law_BxTxV,
         )
-        logits_BxV = self.logits(params, target_params, draft.hidden_BxD[:, None])[:, 0]  # as drawn
+        first = functools.partial(self.logits, params, target_params, draft.hidden_BxD[:, None])
         draft = self._draw(params, target_params, draft, 1, key)
 
         def step(level, draft):
@@ -154,7 +155,7 @@ class ChainDrafter(LearnedDrafter):
                 (jnp.int32(1), draft),
             )
         tree = self.topology.draft(draft.tokens_BxT, draft.law_BxTxV)
-        tree = self.expecting(params, tree.replace(valid_T=draft.valid_BxT), logits_BxV)
+        tree = self.expecting(params, tree.replace(valid_T=draft.valid_BxT), first)
         return tree, draft.cache.replace(lengths_B=start_B)
 
     def _draw(self, params, target_params, draft: _Chain, level, keys_B) -> _Chain:

@@ -204,8 +204,8 @@ class Eagle3(FeatureDrafter):
             tree = self.topology.draft(jnp.concatenate([root_B[:, None], tokens_BxD], axis=1))
         else:
             tree, cache = self._draft_tree(params, target_params, cache, x_BxD, root_B)
-        logits_BxW = self.logits(params, target_params, x_BxD[:, None])[:, 0]  # as for the tree
-        return self.expecting(params, tree, logits_BxW), state.replace(cache=cache)
+        first = functools.partial(self.logits, params, target_params, x_BxD[:, None])
+        return self.expecting(params, tree, first), state.replace(cache=cache)
 
     def _frontier(
         self, params, target_params, cache, x_BxKxD, tokens_BxK, level, offset, visible_BxKxR

@@ -171,12 +171,14 @@ class FastEagleX(FastEagle):
             scores = self._scorer(params, target_params, read_BxNxD, head_WxD)
             grow = self._grow if self.topology is None else self._fill
             tree = grow(scores, root_B)
-        if self.expected:
-            first_BxD = read_BxNxD[:, 0]
+
+        def first():
+            read_Bx1xD = read_BxNxD[:, :1]
             if self.rank:
-                first_BxD += self.shift(params, target_params, 1, root_B[:, None])[:, 0]
-            tree = self.expecting(params, tree, readout(first_BxD, head_WxD))
-        return tree, state.replace(cache=cache)
+                read_Bx1xD += self.shift(params, target_params, 1, root_B[:, None])
+            return readout(read_Bx1xD, head_WxD)
+
+        return self.expecting(params, tree, first), state.replace(cache=cache)
 
     def _scorer(self, params, target_params, read_BxNxD, head_WxD):
         """(depth, parent tokens BxP, count) -> (log-probabilities, tokens) of children, BxPxcount.

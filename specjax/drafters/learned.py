@@ -1,6 +1,7 @@
 """What every drafter with parameters to train shows to the objective."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 
@@ -58,10 +59,15 @@ class LearnedDrafter(Drafter):
         """Draft logits over the draft vocabulary, BxTxW float32."""
         return readout(self.normed(params, hidden_BxTxD), self.head(params, target_params))
 
-    def expecting(self, params, tree: DraftTree, logits_BxW) -> DraftTree:
-        """The tree with the best tokens of its first depth's law beside it, if asked for."""
+    def expecting(self, params, tree: DraftTree, first: Callable) -> DraftTree:
+        """The tree with the best tokens of its first depth's law beside it, if asked for.
+
+        Args:
+          first: () -> logits_Bx1xW of that depth.
+        """
         if not self.expected:
             return tree
+        logits_BxW = first()[:, 0]
         _, best_BxK = top_candidates(logits_BxW, min(self.expected, logits_BxW.shape[-1]))
         return tree.replace(expected_K=self.to_target_ids(params, best_BxK))
 

@@ -46,7 +46,7 @@ class ParallelDrafter(LearnedDrafter):
             drafted_BxM = self.to_target_ids(params, drafted_BxM)
         tokens_BxT = jnp.concatenate([root_B[:, None], drafted_BxM], axis=1)
         tree = self.topology.draft(tokens_BxT, law_BxTxV)
-        return self.expecting(params, tree, logits_BxNxW[:, 0])
+        return self.expecting(params, tree, lambda: logits_BxNxW[:, :1])
 
     def _sampled(self, params, logits_BxNxW, keys_B):
         """Tokens of rows 1.. and the law behind every row's children.

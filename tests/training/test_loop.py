@@ -121,7 +121,7 @@ def test_a_checkpoint_that_another_process_cannot_load_is_no_ones(tmp_path, monk
     run(tmp_path, 6)
     answers, said = iter([False, True]), []
     monkeypatch.setattr(
-        "specjax.training.checkpoints.everywhere", lambda holds: holds and next(answers)
+        "specjax.training.checkpoints.everyones", lambda holds: [holds, holds and next(answers)]
     )
     state = Checkpoints(tmp_path / "checkpoints").restore(
         create({"w": jnp.ones(5)}, OPTIMIZER), said.append

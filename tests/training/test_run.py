@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from configs import builtin_target, common, eagle3, fasteagle
-from experiments.compare import any_paths, budgets_of
+from experiments.compare import any_paths, budgets_of, init_of
 from specjax.data.rows import Rows, pad_rows
 from specjax.data.windows import Windows
 from specjax.distillation.deepkd import STREAMS, DeepKD, deepkd_trace
@@ -119,7 +119,7 @@ def test_every_recipe_s_drafters_exist_with_every_tree(name, preset):
     )  # fmt: skip
     assert config.name == name and len(config.drafters)
     for cfg in config.drafters.values():
-        drafter = DRAFTERS[cfg.drafter].of(target, cfg.init.to_dict())
+        drafter = DRAFTERS[cfg.drafter].of(target, init_of(cfg))
         for budget in budgets_of(cfg):
             shaped = drafter.with_budget(**any_paths(budget))
             assert shaped.nodes > shaped.depth >= 1
