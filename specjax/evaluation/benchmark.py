@@ -13,7 +13,7 @@ from specjax.data.templates import encode_chat, encode_prompt, turn_messages
 from specjax.evaluation.exactness import rounding_tie
 from specjax.evaluation.lossless import distribution_verdict, identical_verdict, lossy_verdict
 from specjax.evaluation.records import MethodRun, TurnRecord
-from specjax.evaluation.timing import RoundTimes, count_flops, time_round
+from specjax.evaluation.timing import RoundTimes, count_flops, time_rounds
 from specjax.generation import bucket, cache_slots, collect, make_engine, start
 from specjax.models.target import Target
 from specjax.profiling import traced
@@ -101,21 +101,36 @@ class Runner:
         if drafter is not self.drafter:
             self.drafter, self.params = drafter, self.params | {"drafter": drafter.params}
 
-    def round_costs(self, batches: list[list[list[int]]], repeats: int):
-        """(median times over states a few rounds into each batch, flops of the draft and verify)"""
-        times = []
-        for rows in batches:
-            state = self._start(rows)
-            for _ in range(3):
-                state = decoding.jit_round(self.engine, self.params, state)
-            times.append(time_round(self.engine, self.params, state, repeats))
-        with traced(f"decode/{self.method.name}") as rounds:  # after all that is timed
-            for _ in range(rounds):
-                state = decoding.jit_round(self.engine, self.params, state)
-            jax.block_until_ready(state.lengths_B)
-        draft, verify, whole = np.median([dataclasses.astuple(t) for t in times], axis=0)
-        times = RoundTimes(0.0 if self.method.drafter is None else draft, verify, whole)
-        return times, count_flops(self.engine, self.params, state)
+    def under_way(self, rows: list[list[int]], rounds: int = 3):
+        """The state some rounds into a batch."""
+        return self.rounds(self._start(rows), rounds)
+
+    def rounds(self, state, count: int):
+        """The state `count` rounds later."""
+        for _ in range(count):
+            state = decoding.jit_round(self.engine, self.params, state)
+        return state
+
+
+def round_costs(runners: Sequence[Runner], batches: list[list[list[int]]], repeats: int):
+    """[(median times over states a few rounds into each batch, flops of the draft and verify)].
+
+    Methods take turns here too: their break-even tau is a ratio of two of these times.
+    """
+    times = []
+    for rows in batches:
+        states = [r.under_way(rows) for r in runners]
+        timed = [(r.engine, r.params, s) for r, s in zip(runners, states, strict=True)]
+        times.append([dataclasses.astuple(t) for t in time_rounds(timed, repeats)])
+    costs = []
+    for runner, state, three in zip(runners, states, np.median(times, axis=0), strict=True):
+        flops = count_flops(runner.engine, runner.params, state)
+        with traced(f"decode/{runner.method.name}") as rounds:  # after all that is timed
+            jax.block_until_ready(runner.rounds(state, rounds).lengths_B)
+        draft, verify, whole = three.tolist()
+        draft = 0.0 if runner.method.drafter is None else draft
+        costs.append((RoundTimes(draft, verify, whole), flops))
+    return costs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,13 +227,13 @@ def benchmark(
     ]
     sampled = [groups[i] for i in np.linspace(0, len(groups) - 1, min(3, len(groups))).astype(int)]
     sampled = [g for g in sampled if len(g) == len(groups[0])]
+    costs = round_costs(runners, sampled, timing_repeats)
     return [
         _method_run(
-            target, r, records[r.method.name], asked[r.method.name], reference,
-            r.round_costs(sampled, timing_repeats), protocol,
+            target, r, records[r.method.name], asked[r.method.name], reference, cost, protocol
         )
-        for r in runners
-    ]  # fmt: skip
+        for r, cost in zip(runners, costs, strict=True)
+    ]
 
 
 def losslessness(

@@ -35,12 +35,6 @@ def _ms(call: Callable, consumed) -> float:
     return 1e3 * (time.perf_counter() - started)
 
 
-def _median_ms(call: Callable, consumed, repeats: int) -> float:
-    """Median of `_ms`, after one call to warm up."""
-    _ms(call, consumed)
-    return float(np.median([_ms(call, consumed) for _ in range(repeats)]))
-
-
 def _fused(engine, params) -> Callable:
     return lambda state: decoding.jit_round(engine, params, state)
 
@@ -93,17 +87,20 @@ def count_flops(engine, params, state) -> tuple[float, float]:
     return draft_cost.get("flops", 0.0), score_cost.get("flops", 0.0)
 
 
-def time_round(engine, params, state, repeats: int = 15) -> RoundTimes:
-    """Times the parts and the whole of one round, after one call of each to warm up.
+def time_rounds(contenders, repeats: int = 15) -> list[RoundTimes]:
+    """Times the parts and the whole of a round of each (engine, params, state), all in turns.
 
-    `state`, in the middle of decoding, is copied, not consumed.
+    States, in the middle of decoding, are copied, not consumed.
     """
+    calls = [call for contender in contenders for call in _calls(*contender)]
+    times = np.reshape(calls_in_turns(calls, repeats), (-1, 3))
+    return [RoundTimes(*row) for row in times.tolist()]
+
+
+def _calls(engine, params, state):
+    """(call, what it consumes) of draft, verify and the fused round."""
     plain, rest = _unruled(engine), state.replace(drafter=())
     draft = lambda own: _draft(_drafting(engine), params, own, rest)  # noqa: E731
     tree, _ = draft(_copy(state.drafter))
     verify = lambda cache: _score(plain, params, cache, tree)  # noqa: E731
-    return RoundTimes(
-        draft=_median_ms(draft, state.drafter, repeats),
-        verify=_median_ms(verify, state.cache, repeats),
-        round=_median_ms(_fused(engine, params), state, repeats),
-    )
+    return (draft, state.drafter), (verify, state.cache), (_fused(engine, params), state)

@@ -105,8 +105,10 @@ class Estimate:
             done = sum(other.weights for other in trained[:i])
             stages[f"train {m.name}"] = self.target + initial + done + m.training.bytes
         kept = sum(m.weights for m in self.methods)
+        states = sum(m.decoding.cache + m.decoding.state for m in self.methods)  # timed in turns
         for m in self.methods:
-            stages[f"decode {m.name}"] = self.target + kept + m.decoding.peak
+            most = max(m.decoding.prefill.peak, states + m.decoding.round.peak)
+            stages[f"decode {m.name}"] = self.target + kept + most
         return stages
 
     @property
