@@ -3,7 +3,7 @@
 A device runs the whole program at the shapes of its shard. Tensor parallelism splits key/value
 heads, MLP width and vocabulary, so the program of one device is that of a model with fewer of them.
 Rows of a batch are split over "data" and "fsdp" alike; what "fsdp" splits of a weight is gathered
-ahead of its product and dropped after it.
+ahead of its product (how long it stays: `gathered_bytes`).
 """
 
 import dataclasses
