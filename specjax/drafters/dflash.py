@@ -26,8 +26,8 @@ import jax.numpy as jnp
 from specjax.cache import KVCache, causal_cache_mask, empty_cache, tree_cache_mask
 from specjax.drafters.features import FeatureDrafter, FeatureState
 from specjax.drafters.parallel import BackboneDrafter
-from specjax.models.layers import Attention, RMSNorm
-from specjax.models.transformer import embedded, make_block, text_layout
+from specjax.models.layers import Attention, Block, RMSNorm
+from specjax.models.transformer import embedded, text_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class DFlash(BackboneDrafter, FeatureDrafter):
         D, embed = self.target.hidden_size, target_params["embed"].astype(jnp.float32)
         x, sees = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
         rope = self.rope(jnp.zeros((1, 1), jnp.int32))
-        layer = make_block(self.block)
+        layer = Block(self.block)
         return self.init_common(common_key, target_params) | {
             "context_norm": {"scale": jnp.ones(D)},
             # A token like any other, as far as its size tells.
@@ -90,11 +90,7 @@ class DFlash(BackboneDrafter, FeatureDrafter):
         c = self.block
         g = self.fuse(params, taps)
         g = RMSNorm(c.rms_norm_eps).apply({"params": params["context_norm"]}, g)
-        attention = Attention(
-            c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size, c.rms_norm_eps,
-            c.qkv_bias, c.o_bias, c.qk_norm,
-        )  # fmt: skip
-        rope = self.rope(positions)
+        attention, rope = Attention(c), self.rope(positions)
         kvs = []
         for layer, *kv in zip(params["layers"], cache.k, cache.v, strict=True):
             # Only keys and values are kept; what these rows would attend to is not compiled.
@@ -117,7 +113,7 @@ class DFlash(BackboneDrafter, FeatureDrafter):
         masks = jnp.broadcast_to(params["mask"].astype(x_BxAxD.dtype), (B, A, M - 1, D))
         x = jnp.concatenate([x_BxAxD[:, :, None], masks], axis=2).reshape(B, A * M, D)
         rope = self.rope((positions_BxA[..., None] + jnp.arange(M)).reshape(B, A * M))
-        layer, kvs = make_block(self.block), []
+        layer, kvs = Block(self.block), []
         for i, (weights, *kv) in enumerate(zip(params["layers"], cache.k, cache.v, strict=True)):
             with jax.named_scope(f"block_{i}"):
                 x, kv = layer.apply({"params": weights}, x, rope, mask, kv, cache.lengths_B)

@@ -34,9 +34,9 @@ from specjax.drafters.features import (
     last_rows,
 )
 from specjax.drafters.parallel import BackboneDrafter
-from specjax.models.layers import RMSNorm
+from specjax.models.layers import Block, RMSNorm
 from specjax.models.linear import linear
-from specjax.models.transformer import embedded, make_block, text_layout
+from specjax.models.transformer import embedded, text_layout
 
 ENTRIES = ("fc2h", "wide_qkv", "sampled")
 
@@ -104,7 +104,7 @@ class FastEagle(BackboneDrafter, FeatureDrafter):
 
     @property
     def _layer(self):
-        return make_block(self.block, outputs=2 if self.partial_alignment else 1)
+        return Block(self.block, outputs=2 if self.partial_alignment else 1)
 
     def _enter(self, params, g, e):
         """Features and next-token embedding -> the first layer's input."""

@@ -45,10 +45,7 @@ class MidLayer(Layer):
         c = self.config
         e = RMSNorm(c.rms_norm_eps, name="input_norm")(e_BxTxD)
         g = RMSNorm(c.rms_norm_eps, name="hidden_norm")(g_BxTxD)
-        attention = Attention(
-            c.num_heads, c.num_kv_heads, c.head_dim, g_BxTxD.shape[-1], c.rms_norm_eps,
-            c.qkv_bias, c.o_bias, c.qk_norm, name="attn",
-        )  # fmt: skip
+        attention = Attention(c, name="attn")
         y, kv = attention(jnp.concatenate([e, g], -1), rope, mask, kv, start_B, chain)
         x = (g if self.norm_before_residual else g_BxTxD) + y
         x = x + MLP(c.intermediate_size, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x))

@@ -26,13 +26,12 @@ import jax.numpy as jnp
 from specjax.cache import KVCache, empty_cache
 from specjax.drafters.chain import ChainDrafter
 from specjax.models.config import ModelConfig
-from specjax.models.layers import Attention, Layer, RMSNorm
+from specjax.models.layers import Attention, Block, Layer, RMSNorm
 from specjax.models.rope import rope_tables
 from specjax.models.transformer import (
     embedded,
     head_VxD,
     is_stacked,
-    make_block,
     precision_of,
     unstack_layers,
 )
@@ -45,13 +44,8 @@ class Adapter(Layer):
 
     @nn.compact
     def __call__(self, x_BxTxD, rope, mask, kv=None, start_B=None):
-        c = self.config
-        attention = Attention(
-            c.num_heads, c.num_kv_heads, c.head_dim, c.hidden_size, c.rms_norm_eps,
-            c.qkv_bias, c.o_bias, c.qk_norm, name="attn",
-        )  # fmt: skip
-        normed = RMSNorm(c.rms_norm_eps, name="attn_norm")(x_BxTxD)
-        y, kv = attention(normed, rope, mask, kv, start_B)
+        normed = RMSNorm(self.config.rms_norm_eps, name="attn_norm")(x_BxTxD)
+        y, kv = Attention(self.config, name="attn")(normed, rope, mask, kv, start_B)
         return x_BxTxD + y, kv
 
 
@@ -90,7 +84,7 @@ class Kangaroo(ChainDrafter):
     def states(self, params, target_params, tokens_BxT, positions_BxT, mask, cache=None):
         E, start_B = self.exit_layer, None if cache is None else cache.lengths_B
         kvs = [None] * (E + 1) if cache is None else list(zip(cache.k, cache.v, strict=True))
-        rope, block = rope_tables(self.target, positions_BxT), make_block(self.target)
+        rope, block = rope_tables(self.target, positions_BxT), Block(self.target)
         if is_stacked(target_params):
             target_params = unstack_layers(target_params)
         with jax.named_scope("early_layers"), precision_of(target_params):

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from specjax.cache import causal_cache_mask
 from specjax.drafters.features import FeatureDrafter, FeatureState, MidLayer
 from specjax.drafters.parallel import BackboneDrafter
-from specjax.models.transformer import embedded, make_block, text_layout
+from specjax.models.layers import Block
+from specjax.models.transformer import embedded, text_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class PEagle(BackboneDrafter, FeatureDrafter):
         common_key, token_key, hidden_key, *layer_keys = jax.random.split(key, 3 + self.num_layers)
         D = self.target.hidden_size
         x, mask = jnp.zeros((1, 1, D)), jnp.ones((1, 1, 1), bool)
-        rope, block = self.rope(jnp.zeros((1, 1), jnp.int32)), make_block(self.block)
+        rope, block = self.rope(jnp.zeros((1, 1), jnp.int32)), Block(self.block)
         layers = [MidLayer(self.block).init(layer_keys[0], x, x, rope, mask)["params"]]
         layers += [block.init(k, x, rope, mask)["params"] for k in layer_keys[1:]]
         # Both are normed before anything reads them: only their directions count.
@@ -84,7 +85,7 @@ class PEagle(BackboneDrafter, FeatureDrafter):
 
     def _layers(self, params, g, e, positions, mask, kvs=None, start_B=None, chains=None):
         """All layers over rows (g, e): (hidden, (k, v) of each layer); see `Attention`."""
-        rope, block, out, x = self.rope(positions), make_block(self.block), [], None
+        rope, block, out, x = self.rope(positions), Block(self.block), [], None
         for i, layer in enumerate(params["layers"]):
             rest = (rope, mask, kvs and kvs[i], start_B, chains and chains[i])
             with jax.named_scope(f"layer_{i}"):

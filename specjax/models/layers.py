@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from specjax.models.config import ModelConfig
 from specjax.models.linear import linear
 from specjax.models.rope import rotate
 from specjax.sharding import rows_over_mesh
@@ -68,14 +69,7 @@ class Attention(nn.Module):
     The kernel is DxGx(R+2)xK: sharding its G axis keeps every head whole under tensor parallelism.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    out_dim: int
-    eps: float
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: bool = False
+    config: ModelConfig
 
     @nn.compact
     def __call__(self, x_BxTxD, rope, mask_BxTxS, kv=None, start_B=None, chain=None):
@@ -87,17 +81,18 @@ class Attention(nn.Module):
 
         Returns (y_BxTxD, kv): the updated cache, or these rows' own (k, v), BxGxTxK each.
         """
-        G, K = self.num_kv_heads, self.head_dim
-        R = self.num_heads // G
+        c = self.config
+        G, K = c.num_kv_heads, c.head_dim
+        R = c.num_heads // G
         init = nn.initializers.lecun_normal(in_axis=0, out_axis=(1, 2, 3))
         qkv = linear(x_BxTxD, self.param("qkv", init, (x_BxTxD.shape[-1], G, R + 2, K)))
-        if self.qkv_bias:
+        if c.qkv_bias:
             bias = self.param("qkv_bias", nn.initializers.zeros, (G, R + 2, K))
             qkv = qkv + bias.astype(qkv.dtype)
         q, k, v = qkv[..., :R, :], qkv[..., R, :], qkv[..., R + 1, :]
-        if self.qk_norm:
-            q = RMSNorm(self.eps, name="q_norm")(q)
-            k = RMSNorm(self.eps, name="k_norm")(k)
+        if c.qk_norm:
+            q = RMSNorm(c.rms_norm_eps, name="q_norm")(q)
+            k = RMSNorm(c.rms_norm_eps, name="k_norm")(k)
         B, T = x_BxTxD.shape[:2]
         q = rotate(q.reshape(B, T, G * R, K), *rope).reshape(B, T, G, R, K)
         k = rotate(k, *rope).transpose(0, 2, 1, 3)
@@ -111,9 +106,9 @@ class Attention(nn.Module):
             out = attend(q, k.astype(q.dtype), v.astype(q.dtype), mask_BxTxS)
             kv = k, v
         init = nn.initializers.lecun_normal()
-        y_BxTxD = linear(out, self.param("o", init, (G * R * K, self.out_dim)))
-        if self.o_bias:
-            bias = self.param("o_bias", nn.initializers.zeros, (self.out_dim,))
+        y_BxTxD = linear(out, self.param("o", init, (G * R * K, c.hidden_size)))
+        if c.o_bias:
+            bias = self.param("o_bias", nn.initializers.zeros, (c.hidden_size,))
             y_BxTxD = y_BxTxD + bias.astype(y_BxTxD.dtype)
         return y_BxTxD, kv
 
@@ -171,29 +166,20 @@ class Block(Layer):
     With `outputs` > 1 the MLP ends in as many parts, each added to the same residual: a tuple.
     """
 
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    eps: float
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: bool = False
+    config: ModelConfig
     outputs: int = 1
 
     @nn.compact
     def __call__(self, x_BxTxD, rope, mask_BxTxS, kv=None, start_B=None, chain=None):
-        attention = Attention(
-            self.num_heads, self.num_kv_heads, self.head_dim, x_BxTxD.shape[-1], self.eps,
-            self.qkv_bias, self.o_bias, self.qk_norm, name="attn",
-        )  # fmt: skip
+        eps = self.config.rms_norm_eps
         with jax.named_scope("attention"):
-            normed = RMSNorm(self.eps, name="attn_norm")(x_BxTxD)
+            normed = RMSNorm(eps, name="attn_norm")(x_BxTxD)
+            attention = Attention(self.config, name="attn")
             y, kv = attention(normed, rope, mask_BxTxS, kv, start_B, chain)
             x_BxTxD = x_BxTxD + y
         with jax.named_scope("mlp"):
-            normed = RMSNorm(self.eps, name="mlp_norm")(x_BxTxD)
-            y = MLP(self.intermediate_size, self.outputs, name="mlp")(normed)
+            normed = RMSNorm(eps, name="mlp_norm")(x_BxTxD)
+            y = MLP(self.config.intermediate_size, self.outputs, name="mlp")(normed)
             if self.outputs == 1:
                 return x_BxTxD + y, kv
             return tuple(x_BxTxD + part for part in jnp.split(y, self.outputs, axis=-1)), kv

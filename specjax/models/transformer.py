@@ -33,19 +33,11 @@ class ForwardOut:
     cache: KVCache | None  # rows written at slots lengths..lengths+T, lengths unchanged
 
 
-def make_block(config: ModelConfig, outputs: int = 1) -> Block:
-    """The Block module of one layer of this geometry."""
-    return Block(
-        config.num_heads, config.num_kv_heads, config.head_dim, config.intermediate_size,
-        config.rms_norm_eps, config.qkv_bias, config.o_bias, config.qk_norm, outputs,
-    )  # fmt: skip
-
-
 def init_params(key, config: ModelConfig, dtype=jnp.float32):
     """Random parameters: normal(0.02) embeddings, LeCun-normal kernels, layers as a list."""
     embed_key, head_key, *layer_keys = jax.random.split(key, 2 + config.num_layers)
     D, V = config.hidden_size, config.vocab_size
-    block = make_block(config)
+    block = Block(config)
     x = jnp.zeros((1, 1, D))
     rope = rope_tables(config, jnp.zeros((1, 1), jnp.int32))
     mask = jnp.ones((1, 1, 1), bool)
@@ -156,7 +148,7 @@ def forward(
         if cache is not None:
             raise ValueError("mask: required with a cache (see cache.py for the masks)")
         mask = causal_mask(T)
-    block = make_block(config)
+    block = Block(config)
     start_B = None if cache is None else cache.lengths_B
 
     def run(layer, x, kv):

@@ -183,31 +183,38 @@ def drafter_loss(
 
     with jax.named_scope("loss"):
         each = losses.by_chunks(rows, T, objective.chunk)
-        valid = labelled_BxTxN & each["covered"]
         state = batch | {"step": step, "key": key}
-        weight_BxTxN = objective.gate.weigh(each["seen"], valid, state)
-        count_N = jnp.maximum(jnp.sum(valid, axis=(0, 1)), 1)
-
-        def mean(x, weight):  # over valid positions, per depth
-            weight = jnp.reshape(weight, weight.shape + (1,) * (x.ndim - 3))
-            total = jnp.sum(jnp.where(weight > 0, weight * x, 0.0), axis=(0, 1))
-            return total / count_N.reshape((-1,) + (1,) * (x.ndim - 3))
-
-        decay_N = losses.depth_weights(N, objective.decay)
-        loss_S = decay_N @ mean(each["values"], weight_BxTxN)
-        if objective.feature:  # never gated: it keeps the states themselves in place
-            gap_N = mean(each["feature"], valid.astype(jnp.float32))
-            loss_S = loss_S.at[0].add(objective.feature * (decay_N @ gap_N))
-        ce_N = mean(each["divergence"], valid.astype(jnp.float32))
-        agree_N = jnp.sum(valid & each["agree"], axis=(0, 1)) / jnp.maximum(
-            jnp.sum(labelled_BxTxN, axis=(0, 1)), 1
-        )
-        by_depth = {"ce": ce_N, "agree": agree_N}
-        if objective.gate.name != "everything":
-            by_depth["kept"] = jnp.sum(weight_BxTxN, axis=(0, 1)) / count_N
-            by_depth |= objective.gate.rates(each["seen"], valid)
+        loss_S, by_depth = _weighed(objective, each, labelled_BxTxN, state)
     metrics = {f"{name}_{i + 1}": x_N[i] for name, x_N in by_depth.items() for i in range(N)}
     return (loss_S if objective.streams > 1 else loss_S[0]), metrics
+
+
+def _weighed(objective: Objective, each: dict, labelled_BxTxN, state: dict):
+    """(losses by stream S, metrics N by name) of what the positions contribute."""
+    N = labelled_BxTxN.shape[2]
+    valid = labelled_BxTxN & each["covered"]
+    weight_BxTxN = objective.gate.weigh(each["seen"], valid, state)
+    count_N = jnp.maximum(jnp.sum(valid, axis=(0, 1)), 1)
+
+    def mean(x, weight):  # over valid positions, per depth
+        weight = jnp.reshape(weight, weight.shape + (1,) * (x.ndim - 3))
+        total = jnp.sum(jnp.where(weight > 0, weight * x, 0.0), axis=(0, 1))
+        return total / count_N.reshape((-1,) + (1,) * (x.ndim - 3))
+
+    decay_N = losses.depth_weights(N, objective.decay)
+    loss_S = decay_N @ mean(each["values"], weight_BxTxN)
+    if objective.feature:  # never gated: it keeps the states themselves in place
+        gap_N = mean(each["feature"], valid.astype(jnp.float32))
+        loss_S = loss_S.at[0].add(objective.feature * (decay_N @ gap_N))
+    labelled_N = jnp.maximum(jnp.sum(labelled_BxTxN, axis=(0, 1)), 1)
+    by_depth = {
+        "ce": mean(each["divergence"], valid.astype(jnp.float32)),
+        "agree": jnp.sum(valid & each["agree"], axis=(0, 1)) / labelled_N,
+    }
+    if objective.gate.name != "everything":
+        by_depth["kept"] = jnp.sum(weight_BxTxN, axis=(0, 1)) / count_N
+        by_depth |= objective.gate.rates(each["seen"], valid)
+    return loss_S, by_depth
 
 
 def _values(objective: Objective, seen: dict, step):
