@@ -65,15 +65,17 @@ def by_chunks(rows_fn: Callable, length: int, chunk: int):
 
     Without chunks (0) the rows are one piece and nothing is recomputed. With them, each chunk is
     rematerialised in the backward pass, so that full-vocabulary logits exist for `chunk` rows only.
-
-    Raises:
-      ValueError: the chunk does not divide the length.
+    Rows past the last whole chunk are a smaller one, a second program to compile.
     """
     if not chunk or chunk >= length:
         return rows_fn(0, length)
-    if length % chunk:
-        raise ValueError(f"loss.chunk: {chunk} does not divide {length} rows")
-    body = jax.checkpoint(lambda start: rows_fn(start, chunk))
-    pieces = jax.lax.map(body, jnp.arange(0, length, chunk))
-    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], length, *x.shape[3:])  # noqa: E731
-    return jax.tree.map(join, pieces)
+    whole = length - length % chunk
+    pieces = jax.lax.map(
+        jax.checkpoint(lambda start: rows_fn(start, chunk)), jnp.arange(0, whole, chunk)
+    )
+    join = lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], whole, *x.shape[3:])  # noqa: E731
+    rows = jax.tree.map(join, pieces)
+    if whole == length:
+        return rows
+    rest = jax.checkpoint(lambda start: rows_fn(start, length - whole))(whole)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), rows, rest)

@@ -28,7 +28,7 @@ def candidates(config, found: Estimate) -> Iterator[dict]:
         if not config.train.remat:
             yield {"train.remat": True}
         length, chunk = config.data.length, config.train.loss.chunk
-        smaller = [s for s in (256, 128, 64) if length % s == 0 and (not chunk or s < chunk)]
+        smaller = [s for s in (256, 128, 64) if s < (chunk or length)]
         for value in smaller[:1]:
             yield {"train.loss.chunk": value}
         if config.train.batch_size % 2 == 0:

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from specjax.distillation import losses
 
@@ -56,14 +55,9 @@ def test_chunks_change_nothing():
         return jnp.sum(rows * jnp.arange(12)[:, None])  # in order
 
     whole = jax.value_and_grad(total)(x, 0)
-    for chunk in (1, 3, 4, 12, 100):
+    for chunk in (1, 3, 4, 5, 11, 12, 100):  # 5 and 11 leave a smaller piece
         for a, b in zip(whole, jax.value_and_grad(total)(x, chunk), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
-
-
-def test_a_chunk_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="loss.chunk: 5 does not divide 12"):
-        losses.by_chunks(lambda s, n: s, 12, 5)
 
 
 def test_hard_cross_entropy_is_the_one_of_a_one_hot_teacher():
