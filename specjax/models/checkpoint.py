@@ -56,7 +56,10 @@ class Checkpoint:
         else:
             pickles = sorted(p.name for p in self.folder.glob("*.bin"))
             hint = f" ({pickles[0]} is pickle, which is never loaded)" if pickles else ""
-            raise FileNotFoundError(f"{single}: missing; weights load from safetensors only{hint}")
+            raise FileNotFoundError(
+                f"{single}: missing; weights load from safetensors only{hint}; load and save the "
+                "model once with transformers, which writes them"
+            )
         self.names: dict[str, str] = where
         held = {shard: set(file.keys()) for shard, file in self._files.items()}
         for name, shard in where.items():

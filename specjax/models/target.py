@@ -153,5 +153,9 @@ def load_target(
         rules = (*rules, *sharding.MODEL_RULES)
         sharding_of = functools.partial(sharding.leaf_sharding, mesh, rules=rules)
     params = load_params(folder, config, dtype, sharding_of, scan_layers)
-    name = "builtin" if folder == BUILTIN else folder.name
+    name = str(folder_or_hub_id)  # of a hub id the folder is named after a commit
+    if folder == BUILTIN:
+        name = "builtin"
+    elif pathlib.Path(name).is_dir():
+        name = folder.resolve().name
     return Target(name, config, params, tokenizer, mesh)

@@ -200,6 +200,18 @@ def test_the_undamaged_folder_loads(folder):
     assert load_target(str(folder)).config.vocab_size == 300
 
 
+def test_a_target_is_called_what_it_was_asked_for_by(folder, monkeypatch):
+    import huggingface_hub
+
+    assert load_target(str(folder)).name == folder.name
+    monkeypatch.chdir(folder)
+    assert load_target(".").name == folder.name
+    # The hub's cache holds a model under the name of a commit.
+    commit = folder.rename(folder.with_name("1d4c9a"))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(commit))
+    assert load_target("org/model").name == "org/model"
+
+
 def test_missing_folder(tmp_path):
     fails(tmp_path / "nowhere", "nowhere", "no such folder", error=FileNotFoundError)
 
