@@ -31,7 +31,7 @@ from benchmarks import timing
 from benchmarks.targets import GEOMETRY_HELP, geometry_target, get_target
 from configs import fasteagle
 from experiments import commands
-from experiments.compare import train_config
+from experiments.training_data import train_config
 from specjax import sharding
 from specjax.console import make_console, print_rows
 from specjax.data.rows import Rows

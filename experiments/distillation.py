@@ -13,9 +13,9 @@ from experiments.compare import (
     init_all,
     prepare,
     train_all,
-    train_config,
     write_up,
 )
+from experiments.training_data import train_config
 from specjax.console import make_console, print_rows
 from specjax.evaluation.figures import draw_differences
 from specjax.evaluation.inline_svg import standalone

@@ -51,8 +51,8 @@ def contenders(config, target):
         drafter_rules,
         init_of,
         is_ready,
-        train_config,
     )
+    from experiments.training_data import train_config
     from specjax.drafters import DRAFTERS
     from specjax.planning.estimate import Contender
 

@@ -4,11 +4,13 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from experiments.training_data import protocol
+from experiments.training_data import protocol, train_config
 from specjax.evaluation.benchmark import Method, prompt_ids
 from specjax.generation import make_engine
 from specjax.models.target import Target
 from specjax.sampling import Sampling
+from specjax.training.objective import make_objective
+from specjax.training.optimizers import make_optimizer
 from specjax.verification import get_rule
 
 LEAST = {
@@ -25,8 +27,11 @@ def check_config(config: ConfigDict) -> None:
     """What can be said without a target.
 
     Raises:
-      ValueError: a field of `eval`, `calibrate` or the tau probes is out of range (names it).
+      ValueError: a field of `eval`, `calibrate`, the tau probes, a loss or an optimiser is out of
+        range (names it).
     """
+    for name in config.drafters:
+        check_training(config, name)
     least = LEAST | (LEAST_OF_CALIBRATION if config.calibrate.prompts else {})
     if any(d.train.get("tau_every", config.train.tau_every) for d in config.drafters.values()):
         least |= LEAST_OF_PROBES
@@ -54,6 +59,29 @@ def check_config(config: ConfigDict) -> None:
             "eval.rule: 'judge' forces nothing without a trained head, which no field names; call "
             "specjax.generate with rule=get_rule('judge', head=JudgeHead.load(FILE))"
         )
+
+
+def check_training(config: ConfigDict, name: str) -> None:
+    """Refuses what a drafter cannot be trained with.
+
+    Raises:
+      ValueError: starts with the part of the config, the drafter's own if it has changed it.
+    """
+    cfg, own = train_config(config, name), config.drafters[name].train
+    within = lambda part: f"drafters.{name}.train" if part in own else "train"  # noqa: E731
+    if cfg.loss.gate == "recorded":
+        raise ValueError(
+            f"{within('loss')}.loss.gate: 'recorded' weighs by what OnlineTrainer records while it "
+            "decodes; a recipe's rows have no record ('rejected' needs none)"
+        )
+    try:
+        objective = make_objective(cfg.loss, cfg.steps, cfg.remat)
+    except ValueError as error:
+        raise ValueError(f"{within('loss')}.loss: {error}") from error
+    try:
+        make_optimizer(cfg.optimizer, cfg.steps, objective.deepkd)
+    except ValueError as error:
+        raise ValueError(f"{within('optimizer')}.{error}") from error
 
 
 def check_prompts(config: ConfigDict, target: Target, tasks: dict) -> None:

@@ -34,6 +34,14 @@ def protocol(config: ConfigDict, task: str, temperature: float) -> Protocol:
     )
 
 
+def train_config(config: ConfigDict, name: str) -> ConfigDict:
+    """`config.train` with what this drafter's own `train` changes."""
+    cfg = config.train.copy_and_resolve_references()
+    with cfg.unlocked():
+        cfg.update(config.drafters[name].train)
+    return cfg
+
+
 def prompts_of(config: ConfigDict) -> list[Prompt]:
     """`data.prompts`; what one process cannot read is an error in all."""
     cfg = config.data

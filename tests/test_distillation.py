@@ -11,7 +11,6 @@ import pytest
 from scipy.stats import ttest_rel
 
 from configs import distillation
-from experiments.compare import train_config
 from experiments.distillation import (
     difference,
     holm,
@@ -19,6 +18,7 @@ from experiments.distillation import (
     summarise,
     taus_by_seed,
 )
+from experiments.training_data import train_config
 from specjax.training.objective import make_objective
 
 PLAIN = "fasteagle/plain"

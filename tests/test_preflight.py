@@ -60,12 +60,17 @@ def target():
     ("eval.bootstrap", 0, "eval.bootstrap: 0 must be at least 1"),
     ("calibrate.max_new_tokens", 1, "calibrate.max_new_tokens: 1 must be at least 2"),
     ("train.tau_prompts", 0, "train.tau_prompts: 0 must be at least 1"),
+    ("train.loss.gate", "recorded", "train.loss.gate: 'recorded' weighs by what OnlineTrainer"),
+    ("train.loss.gate", "none", "train.loss: gate: 'none' is unknown; one of"),
+    ("train.loss.divergence", "l2", "train.loss: divergence: 'l2' is unknown; one of"),
+    ("train.loss.temperature", 0.0, "train.loss: temperature: 0.0 must be"),
+    ("train.loss.chunk", -1, "train.loss: chunk: -1 must be at least 0"),
+    ("train.optimizer.name", "sgd", "train.optimizer.name: 'sgd' is unknown; one of"),
     ("train.tau_new_tokens", 1, "train.tau_new_tokens: 1 must be at least 2"),
 ])  # fmt: skip
 def test_a_value_out_of_range_is_named(config, field, value, words):
     check_config(config)
-    section, name = field.split(".")
-    config[section][name] = value
+    config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=f"^{words}"):
         check_config(config)
 
@@ -106,6 +111,12 @@ def test_only_what_users_give_is_refused(error, refused):
         with refusals():
             raise error
     assert (raised.value.__cause__ is error) == refused
+
+
+def test_a_drafters_own_training_is_named_as_its_own(config):
+    config.drafters.fasteagle.train.loss = dict(gate="none")
+    with pytest.raises(ValueError, match="^drafters.fasteagle.train.loss: gate: 'none'"):
+        check_config(config)
 
 
 def test_what_is_not_read_is_not_refused(config):

@@ -76,6 +76,8 @@ def make_objective(cfg: ConfigDict, steps: int, remat: bool = False) -> Objectiv
         get_divergence(name, **options)  # refused here, not at the first step
     deepkd = DeepKD(**({"steps": steps} | cfg.deepkd_options.to_dict())) if cfg.deepkd else None
     gate = get_gate(cfg.gate, **cfg.gate_options.to_dict())
+    if cfg.chunk < 0:
+        raise ValueError(f"chunk: {cfg.chunk} must be at least 0, all rows at once")
     return Objective(
         name, tuple(sorted(options.items())), gate, deepkd,
         cfg.ce, cfg.hard, cfg.feature, cfg.decay, cfg.chunk, remat,
