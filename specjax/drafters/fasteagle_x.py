@@ -2,7 +2,7 @@
 
 The tree is static, FastEagle's backbone or any `paths` of ranks
 (`evaluation.best_paths.best_paths` finds the best ones on training text), or, with `total_nodes`,
-grown best first every round (as DDTree, arXiv 2604.12989, does from the marginals).
+grown from the best tokens every round (DDTree, arXiv 2604.12989, does so from the marginals).
 
 FastEagle's depths do not look at each other, so every node of a depth has the same candidates,
 whatever token it follows. With `rank`, depth i's readout is shifted by what token u stands above
@@ -49,7 +49,7 @@ class FastEagleX(FastEagle):
     rank: int = 0  # of the transition bias, e.g. 32; 0 = none
     pool: int = 8  # candidates of a depth told apart by their parent; read where trees need it
     paths: tuple[tuple[int, ...], ...] = ()  # ranks from the root to each node; () = the backbone
-    total_nodes: int = 0  # T of a tree grown best first, `candidates` children a node; 0 = static
+    total_nodes: int = 0  # T of a tree grown each round, `candidates` children a node; 0 = static
 
     def __post_init__(self):
         if self.paths:  # one value a tree, also from a config file's lists
@@ -89,12 +89,15 @@ class FastEagleX(FastEagle):
         return super().depth
 
     @property
+    def proposals(self) -> tuple[str, ...]:
+        return ("top",) if self.total_nodes else super().proposals
+
+    @property
     def topology(self) -> Topology | None:
-        if self.proposal.kind != "chains":
-            if self.paths:
-                return paths(self.paths)
-            if self.total_nodes and not self.proposal.sampled:
-                return None
+        if self.total_nodes:
+            return None
+        if self.paths and self.proposal.kind != "chains":
+            return paths(self.paths)
         return super().topology
 
     @property

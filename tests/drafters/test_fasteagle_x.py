@@ -281,3 +281,11 @@ def test_a_pool_that_nothing_reads_bounds_nothing(target):
     assert make(candidates=10).nodes == 21 and make(paths=((9,),)).nodes == 2
     with pytest.raises(ValueError, match="paths: rank 12 .*pool of 12"):
         make(paths=((12,),))
+
+
+def test_a_grown_tree_is_refused_where_tokens_are_drawn(target):
+    """It is made of best tokens, which have no law; no other tree takes its place unasked."""
+    grown = make(target, words=False, candidates=3, total_nodes=9)
+    assert grown.definition.proposals == ("top",)
+    with pytest.raises(ValueError, match="fasteagle_x"):
+        specjax.generate(target, [[1, 2]], grown, 4, temperature=1.0, rule="traversal")
