@@ -20,6 +20,7 @@ from experiments.training_data import (
     documents,
     frequent_tokens,
     protocol,
+    train_config,
     training_data,
 )
 from specjax import sharding
@@ -35,6 +36,8 @@ from specjax.evaluation.benchmark import (
 )
 from specjax.evaluation.best_paths import best_paths
 from specjax.evaluation.calibrate import calibrate
+from specjax.evaluation.measured import forget, measured, norms
+from specjax.evaluation.records import MethodRun
 from specjax.evaluation.report import report_run
 from specjax.evaluation.results import result_row, write_results
 from specjax.evaluation.run_folder import write_samples
@@ -190,14 +193,6 @@ def with_best_paths(bench: "Bench", drafter, budget: dict) -> dict:
     return without_paths(budget) | {"paths": paths}
 
 
-def train_config(config: ConfigDict, name: str) -> ConfigDict:
-    """`config.train` with what this drafter's own `train` changes."""
-    cfg = config.train.copy_and_resolve_references()
-    with cfg.unlocked():
-        cfg.update(config.drafters[name].train)
-    return cfg
-
-
 def train_all(bench: Bench, seed: int, names=None, within: str = "") -> list[Method]:
     """Trains (or resumes) each drafter, saves it and returns it at the shared tree.
 
@@ -249,17 +244,36 @@ def calibrated(bench: Bench, methods) -> tuple[list[Method], list[str]]:
             with_best_paths(bench, method.drafter, budget)
             for budget in budgets_of(bench.config.drafters[method.name])
         ]
-        trials = calibrate(bench.target, method.drafter, budgets, probe, method.name)
-        lines = [
-            f"{t.budget} -> {t.nodes} rows, tau {t.tau:.2f}, {t.round_ms:.2f} ms" for t in trials
-        ]
-        notes.append(
-            f"Calibration of {method.name} on training prompts, fastest first: " + "; ".join(lines)
-        )
-        drafter = method.drafter.with_budget(**trials[0].budget)
+        trial = functools.partial(fastest_of, bench.target, method, budgets, probe)
+        depends = circumstances(bench, [method], (budgets, probe))
+        fastest, note = measured(bench.folder, f"calibration of {method.name}", depends, trial)
+        notes.append(note)
+        drafter = method.drafter.with_budget(**budgets[fastest])
         best.append(dataclasses.replace(method, name=f"{method.name}/best", drafter=drafter))
-        stop_if_due("drafters are trained and saved")
+        stop_if_due("drafters are trained, and calibrated so far")
     return best, notes
+
+
+def fastest_of(target: Target, method: Method, budgets, probe) -> tuple[int, str]:
+    """(which of the budgets is fastest, what was measured in words)."""
+    trials = calibrate(target, method.drafter, budgets, probe, method.name)
+    lines = [f"{t.budget} -> {t.nodes} rows, tau {t.tau:.2f}, {t.round_ms:.2f} ms" for t in trials]
+    note = f"Calibration of {method.name} on training prompts, fastest first: " + "; ".join(lines)
+    return budgets.index(trials[0].budget), note
+
+
+def circumstances(bench: Bench, methods, settings) -> dict:
+    """What a measurement of these methods depends on; `settings` are told apart by their repr."""
+    contenders = {
+        m.name: [repr(m.drafter.definition), norms(m.drafter.params), m.rule] for m in methods
+    }
+    return {
+        "device": device_name(),
+        "versions": versions(),
+        "target": bench.target.fingerprint,
+        "contenders": contenders,
+        "settings": repr(settings),
+    }
 
 
 # ---- decode --------------------------------------------------------------------------------------
@@ -270,11 +284,19 @@ def decode_all(bench: Bench, methods, seed: int, within: str = "") -> tuple[list
     config, target, results, samples, answers = bench.config, bench.target, [], {}, {}
     for task, prompts in bench.tasks.items():
         for temperature in config.eval.temperatures:
-            stop_if_due("drafters are trained and saved")
+            stop_if_due("drafters are trained and saved, what was decoded is kept")
             settings = dataclasses.replace(protocol(config, task, temperature), seed=seed)
-            runs = benchmark(
-                target, methods, prompts, settings, config.eval.timing_repeats, bench.shapes[task]
+            decode = functools.partial(
+                benchmark, target, methods, prompts, settings, config.eval.timing_repeats,
+                bench.shapes[task],
+            )  # fmt: skip
+            kept = measured(
+                bench.folder,
+                "/".join(filter(None, (within, f"{task} T={temperature:g}"))),
+                circumstances(bench, methods, decode.args[2:]),
+                lambda decode=decode: [run.to_json() for run in decode()],
             )
+            runs = [MethodRun.from_json(fields) for fields in kept]
             vanilla = next(run for run in runs if run.is_vanilla)
             for run in runs:
                 results.append(
@@ -351,6 +373,7 @@ def write_up(bench: Bench, results, samples, notes, started: float) -> dict:
     write_results(folder / "results.json", header, results)
     write_samples(folder / "samples.json", samples, notes)
     report_run(folder)
+    forget(folder)
     for note in notes:
         say(note)
     print_table(results)

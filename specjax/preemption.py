@@ -55,8 +55,8 @@ def stop_if_due(done: str) -> None:
 def noticing():
     """SIGTERM waits in here until somebody asks whether to stop is `due`.
 
-    Outside of it a single process leaves at once, which loses nothing: stages other than training
-    keep what they have on disk as they go. Several processes ask between stages and batches.
+    Outside of it a single process leaves at once: stages other than training keep what they have on
+    disk as they go, the benchmark task by task. Several processes ask between stages and batches.
     """
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield

@@ -1,7 +1,7 @@
 """What one benchmark run of one method leaves behind: the input of every statistic and report."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 VANILLA = "vanilla"
 """The method name of plain autoregressive decoding, the baseline of every comparison."""
@@ -100,6 +100,17 @@ class MethodRun:
                     f"more than depth {self.depth} allows"
                 )
             seen.add((turn.question_id, turn.turn))
+
+    def to_json(self) -> dict:
+        """Its fields, to be read back by `from_json`."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: dict) -> "MethodRun":
+        """The run whose `to_json` was written as JSON."""
+        lists = ("tokens", "accept_lengths", "wall_times")
+        tupled = [turn | {key: tuple(turn[key]) for key in lists} for turn in fields["turns"]]
+        return cls(**fields | {"turns": [TurnRecord(**turn) for turn in tupled]})
 
     @property
     def is_vanilla(self) -> bool:

@@ -89,7 +89,7 @@ def write_results(path: str | os.PathLike, header: dict, rows: list[dict]) -> No
     kind, or a number that is NaN or infinite; OSError, naming the file, when it cannot be written.
     Nothing is written then. Further keys are kept.
     """
-    document = _plain({**header, "rows": rows})
+    document = plain({**header, "rows": rows})
     _check(document)
     write_text(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
@@ -192,12 +192,12 @@ def _refuse_non_finite(value, where: str) -> None:
         raise ValueError(f"{where} is {value}")
 
 
-def _plain(value):
+def plain(value):
     """NumPy scalars and arrays, and tuples, as what JSON knows."""
     if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     if isinstance(value, np.ndarray | np.generic):
         return value.tolist()
     return value

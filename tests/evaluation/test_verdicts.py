@@ -68,13 +68,18 @@ def test_only_answers_to_one_prompt_are_compared(target, reference):
     assert (verdict["checked"], verdict["identical"]) == (2, 1)
 
 
-def test_a_method_has_one_file_of_answers_a_temperature(tmp_path, make_run, make_turn, monkeypatch):
-    """Whatever the number of tasks; seeds have a folder each."""
+@pytest.fixture
+def decoding(tmp_path, make_run, make_turn, monkeypatch):
+    """A bench of two tasks at two temperatures, and the settings that were decoded, in order."""
     config = fasteagle.get_config("smoke")
     config.eval.tasks, config.eval.temperatures = ("a", "b"), (0.0, 0.5)
+    done = []
 
     def decoded(target, methods, prompts, protocol, *_):
         setting = dict(task=protocol.task, temperature=protocol.sampling.temperature)
+        if bench.stop_at == tuple(setting.values()):
+            raise SystemExit(75)
+        done.append(tuple(setting.values()))
         names = ("vanilla", "x/best")
         lengths = {"vanilla": (1, 1, 1), "x/best": (1, 2)}
         return [make_run([make_turn(i, lengths[n]) for i in prompts], n, **setting) for n in names]
@@ -82,14 +87,50 @@ def test_a_method_has_one_file_of_answers_a_temperature(tmp_path, make_run, make
     monkeypatch.setattr(compare, "benchmark", decoded)
     monkeypatch.setattr(compare, "sample", lambda *_: {})
     bench = SimpleNamespace(
-        config=config, folder=tmp_path, target=None, tasks={"b": [5, 3], "a": [3]},
-        shapes={"a": None, "b": None},
+        config=config, folder=tmp_path, target=SimpleNamespace(fingerprint="f"),
+        tasks={"b": [5, 3], "a": [3]}, shapes={"a": None, "b": None}, stop_at=None,
     )  # fmt: skip
+    return bench, done
+
+
+def answer_files(folder):
+    return {p.relative_to(folder).as_posix(): read_answers(p) for p in folder.rglob("*.jsonl")}
+
+
+def test_a_method_has_one_file_of_answers_a_temperature(decoding):
+    """Whatever the number of tasks; seeds have a folder each."""
+    bench, _ = decoding
     rows, _ = compare.decode_all(bench, [], 0, "seed0")
     assert len(rows) == 8
-    files = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.jsonl"))
     names = [f"{n}-temp-{t}" for n in ("vanilla", "x-best") for t in ("0.0", "0.5")]
-    assert files == [f"answers/seed0/{name}.jsonl" for name in names]
-    for file in files:
-        answers = read_answers(tmp_path / file)
+    files = answer_files(bench.folder)
+    assert sorted(files) == [f"answers/seed0/{name}.jsonl" for name in names]
+    for answers in files.values():
         assert [row["question_id"] for row in answers] == ["b/3", "b/5", "a/3"]
+
+
+def test_decoding_goes_on_where_it_was_stopped(decoding):
+    """Rows and answers are those of a run that was not; another seed shares nothing."""
+    bench, done = decoding
+    whole, _ = compare.decode_all(bench, [], 0, "whole")
+    order = [("b", 0.0), ("b", 0.5), ("a", 0.0), ("a", 0.5)]
+    assert done == order
+    done.clear()
+    bench.stop_at = order[2]
+    with pytest.raises(SystemExit):
+        compare.decode_all(bench, [], 0, "seed0")
+    assert done == order[:2]
+    bench.stop_at = None
+    rows, _ = compare.decode_all(bench, [], 0, "seed0")
+    assert done == order and rows == whole
+    files = answer_files(bench.folder)
+    assert len(files) == 8
+    for name, answers in files.items():
+        if name.startswith("answers/seed0"):
+            same = files[name.replace("seed0", "whole")]
+            assert [a | {"tstamp": 0} for a in answers] == [a | {"tstamp": 0} for a in same]
+    compare.decode_all(bench, [], 0, "seed0")
+    assert done == order
+    bench.config.eval.repeats += 1  # what it depends on has changed
+    compare.decode_all(bench, [], 0, "seed0")
+    assert done == order * 2
