@@ -49,7 +49,7 @@ def verify(target, drafter, prompts, rule=None, settings=None, file=None) -> tup
       file: where to print; standard output if absent.
 
     Returns:
-      (exit status, what --json writes).
+      (exit status, the outcome; --json adds what was asked).
     """
     settings = settings or Settings()
     console = make_console(file, soft_wrap=True)

@@ -40,7 +40,7 @@ _TOP_K = flags.DEFINE_integer("top_k", 0, "keep the k most probable tokens, 0 = 
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "keep the most probable tokens up to this mass, 1 = all")
 _RULE = flags.DEFINE_string("rule", None, "verification rule; none: the drafter's default")
 _SEED = flags.DEFINE_integer("seed", 0, "of sampling")
-_SYSTEM = flags.DEFINE_string("system", None, "system message of a conversation")
+_SYSTEM = flags.DEFINE_string("system", None, "system message, for a target with a chat template")
 _CHAT_TEMPLATE = flags.DEFINE_string(
     "chat_template",
     None,

@@ -34,7 +34,7 @@ _DATA_DIR = flags.DEFINE_string("data_dir", None, "folder of the named prompt se
 _COUNT = flags.DEFINE_integer("count", 24, "prompts, at most", lower_bound=1)
 _MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 64, "new tokens an answer", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 0, "prompts decoded at once, 0 = all", lower_bound=0)
-_SEED = flags.DEFINE_integer("seed", 0, "of sampling; not of what tests it")
+_SEED = flags.DEFINE_integer("seed", 0, "of sampling, and apart from it of the noise in the tests")
 _DTYPE = flags.DEFINE_enum("dtype", "float32", ("float32", "bfloat16"), "of the target")
 _ALPHA = flags.DEFINE_float(
     "alpha", 0.01, "chance, over all temperatures together, of refusing an exact pair"

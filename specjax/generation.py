@@ -284,8 +284,8 @@ def generate(
       rule: None (the drafter's default), a name or a rule; exact rules are greedy at temperature 0.
 
     Raises:
-      ValueError: a prompt that is empty or longer than the context, or a setting out of range
-        (names the argument).
+      ValueError: a prompt that is empty or leaves no room in the context, or a setting out of
+        range (names the argument).
     """
     if int(max_new_tokens) != max_new_tokens or max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: {max_new_tokens} must be an integer >= 1")

@@ -123,7 +123,7 @@ def _init(definition: Drafter, target: Target, seed: int, vocab_ids_W=None):
 def init_drafter(
     name: str, target: Target, seed: int = 0, vocab_ids=None, **config
 ) -> TrainedDrafter:
-    """A fresh drafter for a target, started from the target's weights where shapes allow.
+    """A fresh drafter for a target: its norm and head start as the target's, its layers at random.
 
     Args:
       name: one of `drafter_names()`.
@@ -177,7 +177,7 @@ def _beside(target: Target, definition: Drafter, params) -> TrainedDrafter:
 
 
 def load_drafter(folder, target: Target) -> TrainedDrafter:
-    """Reads a drafter that `save` wrote, or another program's EAGLE-3 head (`interchange`).
+    """Reads a drafter that `save` wrote, or one in another program's layout (`interchange`).
 
     Raises:
       FileNotFoundError: no such folder or file.

@@ -15,13 +15,16 @@ RULES = {  # modules below a path of specjax -> what none of them may import
     "cache.py": ("specjax.drafters",),
     "trees.py": ("specjax.drafters",),
     "sampling.py": ("specjax.drafters",),
+    "interchange/": (
+        "specjax.verification", "specjax.decoding", "specjax.training", "specjax.evaluation",
+    ),
     "drafters/": ("specjax.verification", "specjax.training", "specjax.evaluation"),
     "data/": ("specjax.training", "specjax.planning", "specjax.evaluation"),
     "training/": ("specjax.evaluation", "specjax.planning.programs", "specjax.planning.estimate"),
     "planning/": ("specjax.evaluation",),
     "planning/program.py": ("specjax.training",),  # training counts with these two
     "planning/accelerators.py": ("specjax.training",),
-}
+}  # fmt: skip
 
 
 def imported(source: str) -> set[str]:

@@ -1,6 +1,7 @@
 """Layer-wise cross-entropy against the target's distribution: what the others are compared with.
 
-Source: arXiv 2509.20416 (FastEagle) leaves the loss open; this one is our default.
+Source: arXiv 2509.20416 (FastEagle) supervises every layer; its loss is not publicly confirmed, and
+this one is our default.
 
 Command: python -m experiments.main --config=configs/distill/plain.py
 """
