@@ -8,7 +8,7 @@ paired by seed and corrected for their number (Holm), and the best one meets pla
   fasteagle/bias        the transition bias on FastEagle's backbone
   fasteagle/paths       no bias, the static tree that pays best on training text
   fasteagle/bias_paths  both
-  fasteagle/bias_grown  the bias, and a tree grown best first every round
+  fasteagle/bias_grown  the bias, and a tree grown every round
 
 Command: python -m experiments.main --config=configs/fasteagle_x.py[:smoke]
 """

@@ -1,10 +1,11 @@
 """What an unfinished run has measured, kept in its folder: the same command goes on after it.
 
 A measurement counts again only in the circumstances that it was made in: the same contenders with
-the same weights, settings, machine and versions. All of it goes when the run is finished, so that
-a finished run's folder, run again, is measured again.
+the same weights, settings, machine and versions, specjax's own code included. All of it goes when
+the run is finished, so that a finished run's folder, run again, is measured again.
 """
 
+import functools
 import hashlib
 import json
 import os
@@ -37,11 +38,11 @@ def measured(folder: str | os.PathLike, name: str, circumstances: dict, measure:
       OSError: it cannot be written.
     """
     path = pathlib.Path(folder) / FOLDER / f"{name.replace('/', '-')}.json"
-    text = json.dumps(plain(circumstances), sort_keys=True)
+    text = json.dumps([code(), plain(circumstances)], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
     value = first(lambda: _kept(path, digest))
     if value is not None:
-        say(f"{name}: measured before this start, kept")
+        say(f"{name}: as measured before")
         return value
     value = json.loads(json.dumps(plain(measure())))
     record = {"circumstances": digest, "value": value}
@@ -56,9 +57,22 @@ def forget(folder: str | os.PathLike) -> None:
 
 def norms(params) -> list[float]:
     """A number for every array, by which weights that have changed are told."""
-    leaves = [jnp.asarray(w) for w in jax.tree.leaves(params)]
-    of_all = jax.jit(lambda leaves: [jnp.linalg.norm(w.astype(jnp.float32)) for w in leaves])
-    return [float(np.asarray(norm)) for norm in of_all(leaves)]
+    return [float(np.asarray(n)) for n in _norms([jnp.asarray(w) for w in jax.tree.leaves(params)])]
+
+
+@jax.jit
+def _norms(leaves):
+    return [jnp.linalg.norm(w.astype(jnp.float32)) for w in leaves]
+
+
+@functools.cache
+def code() -> str:
+    """Changes with specjax's source."""
+    root = pathlib.Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _kept(path: pathlib.Path, digest: str):

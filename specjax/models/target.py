@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import os
 import pathlib
 from typing import Any
 
@@ -157,5 +158,5 @@ def load_target(
     if folder == BUILTIN:
         name = "builtin"
     elif pathlib.Path(name).is_dir():
-        name = folder.resolve().name
+        name = pathlib.Path(os.path.abspath(folder)).name  # of a link, its own
     return Target(name, config, params, tokenizer, mesh)

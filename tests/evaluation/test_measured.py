@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from specjax.evaluation import measured as measured_module
 from specjax.evaluation.measured import FOLDER, forget, measured, norms
 from specjax.evaluation.records import MethodRun, TurnRecord
 
@@ -56,6 +57,15 @@ def test_a_measurement_that_fails_leaves_nothing(tmp_path):
     measure, calls = counted(1)
     measured(tmp_path, "x", {}, measure)
     assert len(calls) == 1
+
+
+def test_changed_code_is_measured_anew(tmp_path, monkeypatch):
+    measure, calls = counted(1)
+    before = measured_module.code()
+    measured(tmp_path, "x", {}, measure)
+    monkeypatch.setattr(measured_module, "code", lambda: before + "'")
+    measured(tmp_path, "x", {}, measure)
+    assert len(calls) == 2
 
 
 def test_norms_tell_weights_apart():

@@ -206,6 +206,9 @@ def test_a_target_is_called_what_it_was_asked_for_by(folder, monkeypatch):
     assert load_target(str(folder)).name == folder.name
     monkeypatch.chdir(folder)
     assert load_target(".").name == folder.name
+    link = folder.with_name("link")
+    link.symlink_to(folder)
+    assert load_target(str(link)).name == "link"
     # The hub's cache holds a model under the name of a commit.
     commit = folder.rename(folder.with_name("1d4c9a"))
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(commit))
