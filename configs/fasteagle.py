@@ -14,10 +14,11 @@ Commands:
 Presets for published targets (qwen3_0p6b, llama31_8b, llama33_70b, vicuna_13b, r1_distill_8b) take
 the paper's tasks: MT-Bench, HumanEval, GSM8K, CNN/DM, Alpaca, greedy and sampled. A repository
 that holds pickles only, as Vicuna's may, is loaded and saved once with transformers, and that
-folder is --config.target.name. Not publicly
-confirmed, and so our choice here: N (7, built-in 3), 0.8 a depth as the loss's weights, the tree
-(57 rows, 8 candidates a level; EAGLE-3's dynamic tree gets as many), the rule above temperature 0
-(sample-and-match; built-in traversal), data, optimiser and steps.
+folder is --config.target.name.
+
+Not publicly confirmed, and so our choice here: N (7, built-in 3), 0.8 a depth as the loss's
+weights, the tree (57 rows, 8 candidates a level; EAGLE-3's dynamic tree gets as many), the rule
+above temperature 0 (sample-and-match; built-in traversal), data, optimiser and steps.
 """
 
 from collections.abc import Sequence

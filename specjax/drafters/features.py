@@ -1,4 +1,4 @@
-"""What drafters on target features share: target features in, a cache of committed rows, a readout.
+"""What drafters on target features share: taps fused, a cache of committed rows, a readout.
 
 Row p of such a drafter holds (features of x_p, embedding of x_{p+1}) at RoPE position p. Only
 committed tokens with true features enter its cache. Verification leaves the newly committed rows

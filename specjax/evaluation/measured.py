@@ -44,7 +44,7 @@ def measured(folder: str | os.PathLike, name: str, circumstances: dict, measure:
     if value is not None:
         say(f"{name}: as measured before")
         return value
-    value = json.loads(json.dumps(plain(measure())))
+    value = plain(measure())
     record = {"circumstances": digest, "value": value}
     together(lambda: write_text(path, json.dumps(record) + "\n"))
     return value
